@@ -1,0 +1,70 @@
+"""Dynamic early exit for vision-language models, as a PyTorch Lightning plug-in.
+
+Names load on first use, so that reading a policy needs no torch and a bundle needs no Lightning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_mue.callbacks import CalibrateExits, CollectTrace, LogExitDepth
+    from lightning_mue.data import ShardsDataModule
+    from lightning_mue.exits import ExitConfig, attach_exits, detach_exits
+    from lightning_mue.export import freeze, load
+    from lightning_mue.inference import ExitEngine
+    from lightning_mue.latency import LatencyTable
+    from lightning_mue.policy import Certificate, ExitPolicy, ExitRule
+    from lightning_mue.trace import Trace
+    from lightning_mue.training import MultiExitModule
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CalibrateExits": "callbacks",
+    "Certificate": "policy",
+    "CollectTrace": "callbacks",
+    "ExitConfig": "exits",
+    "ExitEngine": "inference",
+    "ExitPolicy": "policy",
+    "ExitRule": "policy",
+    "LatencyTable": "latency",
+    "LogExitDepth": "callbacks",
+    "MultiExitModule": "training",
+    "ShardsDataModule": "data",
+    "Trace": "trace",
+    "attach_exits": "exits",
+    "detach_exits": "exits",
+    "freeze": "export",
+    "load": "export",
+}
+
+__all__ = [
+    "CalibrateExits",
+    "Certificate",
+    "CollectTrace",
+    "ExitConfig",
+    "ExitEngine",
+    "ExitPolicy",
+    "ExitRule",
+    "LatencyTable",
+    "LogExitDepth",
+    "MultiExitModule",
+    "ShardsDataModule",
+    "Trace",
+    "attach_exits",
+    "detach_exits",
+    "freeze",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,81 @@
+"""Greedy decoding as a transformers generation config asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerationConfig,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+)
+
+from lightning_mue.backbones.stream import DecodeSettings, TokenProcessor
+
+# Settings that change greedy tokens and that the engine does not do, with the values at which they do nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None,),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "exponential_decay_length_penalty": (None,),
+    "guidance_scale": (None, 1.0),
+    "renormalize_logits": (None, False),
+    "remove_invalid_values": (None, False),
+}
+DEFAULT_MAX_NEW_TOKENS = 20
+
+
+def read_settings(config: GenerationConfig, max_new_tokens: int | None) -> DecodeSettings:
+    """Turn a generation config into greedy decode settings (its beams and sampling are not used).
+
+    Raises:
+        ValueError: a setting that the engine does not do, or a missing token id.
+    """
+    for name, harmless in _UNSUPPORTED.items():
+        if (value := getattr(config, name, None)) not in harmless:
+            raise ValueError(f"The generation config sets `{name}={value!r}`, which the engine does not do; unset it.")
+    start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
+    if start is None or config.eos_token_id is None:
+        raise ValueError("The generation config must name `decoder_start_token_id` and `eos_token_id`.")
+    ends = (config.eos_token_id,) if isinstance(config.eos_token_id, int) else tuple(config.eos_token_id)
+    pad = config.pad_token_id if config.pad_token_id is not None else ends[0]
+    limit = max_new_tokens or config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    plain = {
+        "strategy": "greedy",
+        "start_id": start,
+        "end_ids": list(ends),
+        "pad_id": pad,
+        "max_new_tokens": limit,
+        "no_repeat_ngram_size": config.no_repeat_ngram_size or 0,
+        "forced_bos_token_id": config.forced_bos_token_id,
+        "forced_eos_token_id": config.forced_eos_token_id,
+    }
+    return DecodeSettings(start, ends, pad, limit, plain)
+
+
+def build_processors(
+    settings: DecodeSettings, prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None
+) -> list[TokenProcessor]:
+    """Return transformers' own processors for these settings, in the order ``generate`` applies them."""
+    plain = settings.plain
+    processors: list[Any] = []
+    if plain["no_repeat_ngram_size"]:
+        processors.append(NoRepeatNGramLogitsProcessor(plain["no_repeat_ngram_size"]))
+    if prefix_allowed_tokens_fn is not None:
+        processors.append(PrefixConstrainedLogitsProcessor(prefix_allowed_tokens_fn, num_beams=1))
+    if plain["forced_bos_token_id"] is not None:
+        processors.append(ForcedBOSTokenLogitsProcessor(plain["forced_bos_token_id"]))
+    if plain["forced_eos_token_id"] is not None:
+        longest = settings.max_new_tokens + 1
+        processors.append(ForcedEOSTokenLogitsProcessor(longest, plain["forced_eos_token_id"]))
+    return processors

@@ -1,0 +1,54 @@
+"""Where a backbone comes from: a module, a folder or hub name, or a config."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
+
+
+def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
+    """Return the model that ``source`` describes.
+
+    Args:
+        source: a module (returned as it is), a folder or hub name (``from_pretrained``), or a config as a mapping with
+            ``model_type`` (random weights). A ``generation_config`` entry of the mapping becomes the model's.
+
+    Raises:
+        ValueError: a mapping without ``model_type``.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    if isinstance(source, str):
+        return AutoModelForImageTextToText.from_pretrained(source)
+    settings = dict(source)
+    if "model_type" not in settings:
+        raise ValueError(f"A backbone config needs `model_type` (such as 'florence2'), got the keys {sorted(settings)}")
+    generation = settings.pop("generation_config", None)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings))
+    if generation:
+        model.generation_config = GenerationConfig(**generation)
+    return model
+
+
+def backbone_config(model: Any) -> dict[str, Any]:
+    """Return the config, as plain values, from which ``build_backbone`` makes an equal model (weights apart)."""
+    config: PreTrainedConfig = model.config
+    return config.to_diff_dict() | {
+        "model_type": config.model_type,
+        "generation_config": model.generation_config.to_diff_dict(),
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of all weights: names, shapes, types and bytes. Equal weights give equal fingerprints."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()[:16]

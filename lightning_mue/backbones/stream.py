@@ -1,0 +1,156 @@
+"""What the rest of the package sees of a model: streams of layers.
+
+A stream is ``prologue -> layers -> epilogue``; only its layers may be left early. A view owns no weights and changes no
+module of the backbone. Shapes: ``B`` batch, ``T`` positions, ``D`` width, ``S`` memory tokens, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Mapping[str, Any]
+TokenProcessor = Callable[[Tensor, Tensor], Tensor]
+"""(ids so far ``[R, t]``, logits ``[R, V]``) -> logits; transformers' logits processors have this form."""
+
+
+@dataclass
+class StreamState:
+    """States of some rows in a stream left once per sample, with what its layers need beside them.
+
+    Args:
+        h_BTD: the states.
+        valid_BT: True at real tokens, None if all are.
+        mask: additive attention mask, batch first, or None.
+    """
+
+    h_BTD: Tensor
+    valid_BT: Tensor | None = None
+    mask: Tensor | None = None
+
+    def rows(self, index: Tensor) -> StreamState:
+        """Return the state of the rows at ``index`` alone."""
+        pick = lambda t: None if t is None else t[index]  # noqa: E731
+        return StreamState(self.h_BTD[index], pick(self.valid_BT), pick(self.mask))
+
+
+class EncoderStream(Protocol):
+    """A stream left once per sample (vision, encoder)."""
+
+    name: str
+    num_layers: int
+    width: int
+
+    def prologue(self, inputs: Inputs, before: Tensor | None) -> StreamState:
+        """Return the states that enter layer 1; ``before`` is the epilogue of the stream before this one."""
+
+    def layer(self, k: int, state: StreamState) -> Tensor:
+        """Run layer ``k`` (counted from 1) and return the new states ``[B, T, D]``."""
+
+    def epilogue(self, h_BTD: Tensor) -> Tensor:
+        """Return what the next stream (or the decoder) reads."""
+
+
+class LayerKV(Protocol):
+    """One decoder layer's K/V for the rows of one call."""
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new positions' K/V ``[R, heads, m, d]``; return those of all positions up to them."""
+
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """Return the projected memory K/V, each ``[R, heads, S, d]``."""
+
+
+class DecoderStream(Protocol):
+    """The stream left once per token, with a cache."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    head_dim: int
+    max_positions: int
+
+    def embed(self, ids_BT: Tensor, first: int) -> Tensor:
+        """Return the states that enter layer 1 for tokens at positions ``first, first + 1, ...``."""
+
+    def memory_kv(self, k: int, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Project the memory for layer ``k``'s cross-attention: K and V, each ``[B, heads, S, d]``."""
+
+    def cached_layer(
+        self, k: int, h_BTD: Tensor, kv: LayerKV, self_mask: Tensor | None, memory_mask: Tensor | None
+    ) -> Tensor:
+        """Run layer ``k`` on a block of new positions with a cache."""
+
+    def layer(
+        self, k: int, h_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor | None, memory_mask: Tensor | None
+    ) -> Tensor:
+        """Run layer ``k`` on a whole sequence without a cache (training)."""
+
+    def norm(self, h_BTD: Tensor) -> Tensor:
+        """Apply the backbone's final norm (identity for post-norm layers)."""
+
+    def head(self, h_BTD: Tensor) -> Tensor:
+        """Return vocabulary logits ``[..., V]``."""
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """Greedy decoding as the backbone's own generation config asks for it."""
+
+    start_id: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+    max_new_tokens: int
+    plain: Mapping[str, Any] = field(default_factory=dict)
+    """The same and everything else that shapes the output, as plain values (kept in certificates)."""
+
+
+class Backbone(Protocol):
+    """A model seen as streams."""
+
+    model: nn.Module
+    encoders: Sequence[EncoderStream]
+    decoder: DecoderStream
+    generate_inputs: tuple[str, ...]
+    """Names of the tensors that ``generate`` reads."""
+
+    def memory_mask(self, inputs: Inputs) -> Tensor | None:
+        """Return the additive mask ``[B, 1, 1, S]`` of the decoder's cross-attention, or None."""
+
+    def decode_settings(self, max_new_tokens: int | None) -> DecodeSettings:
+        """Read the generation config.
+
+        Raises:
+            ValueError: it asks for something the engine does not do.
+        """
+
+    def token_processors(
+        self, settings: DecodeSettings, prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None
+    ) -> list[TokenProcessor]:
+        """Return what ``generate`` would apply to each step's logits."""
+
+
+def num_layers(backbone: Backbone) -> dict[str, int]:
+    """Return stream name -> layers at full depth, in the order the streams run."""
+    return {s.name: s.num_layers for s in backbone.encoders} | {"decoder": backbone.decoder.num_layers}
+
+
+def additive_mask(valid_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return ``[B, 1, 1, T]``: 0 at valid tokens and the lowest number at padding; None if nothing is padded."""
+    if valid_BT is None or bool(valid_BT.all()):
+        return None
+    mask = torch.zeros(valid_BT.shape, dtype=dtype, device=valid_BT.device)
+    return mask.masked_fill_(~valid_BT.bool(), torch.finfo(dtype).min)[:, None, None, :]
+
+
+def causal_mask(first: int, last: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Return the additive mask ``[1, 1, last - first, last]`` of a block of new positions; None for a single one."""
+    if last - first == 1:
+        return None
+    hidden = torch.ones(last - first, last, dtype=torch.bool, device=device).triu_(diagonal=first + 1)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]

@@ -1,0 +1,59 @@
+"""Which layers of which stream become exits, and what hangs there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+AdapterKind = Literal["bottleneck", "linear", "none"]
+
+
+@dataclass(frozen=True)
+class ExitConfig:
+    """Exits by stream; layers are counted from 1, the last layer is always there and is not an exit.
+
+    Args:
+        vision: exit layers of the vision stream.
+        encoder: exit layers of the encoder.
+        decoder: exit layers of the decoder.
+        adapter: map before the shared norm and head at each exit, zero at the start and off the trunk:
+            ``bottleneck`` (residual MLP), ``linear`` (residual linear) or ``none``.
+        adapter_width: hidden units of a bottleneck.
+        gate: whether each exit gets a small classifier that says "leaving here is safe".
+        gate_width: its hidden units.
+    """
+
+    vision: Sequence[int] = field(default_factory=list)
+    encoder: Sequence[int] = field(default_factory=list)
+    decoder: Sequence[int] = field(default_factory=list)
+    adapter: AdapterKind = "bottleneck"
+    adapter_width: int = 64
+    gate: bool = True
+    gate_width: int = 32
+
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """Return stream name -> exit layers, streams without exits left out."""
+        named = {"vision": self.vision, "encoder": self.encoder, "decoder": self.decoder}
+        return {name: tuple(ks) for name, ks in named.items() if ks}
+
+    def check(self, num_layers: Mapping[str, int]) -> None:
+        """Compare with the backbone's streams.
+
+        Raises:
+            ValueError: an unknown stream, or layers that are no exits of it.
+        """
+        if self.adapter not in ("bottleneck", "linear", "none"):
+            raise ValueError(f"`adapter` must be bottleneck, linear or none, got {self.adapter!r}")
+        for stream, layers in self.layers().items():
+            if stream not in num_layers:
+                raise ValueError(f"{stream!r} is not a stream of this backbone; it has {list(num_layers)}")
+            if list(layers) != sorted(set(layers)) or layers[0] < 1 or layers[-1] >= num_layers[stream]:
+                raise ValueError(
+                    f"Exits of {stream!r} must rise within 1..{num_layers[stream] - 1} "
+                    f"(layer {num_layers[stream]} is full depth), got {list(layers)}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -1,0 +1,5 @@
+"""Inference under a policy: schedule, executor, engine, traces and the latency table. Runs without Lightning."""
+
+from lightning_mue.inference.engine import ExitEngine, ExitOutput
+
+__all__ = ["ExitEngine", "ExitOutput"]

@@ -1,0 +1,105 @@
+"""The streams before the decoder at inference: every sample leaves at its own layer, rows that left are compacted away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_mue.backbones import Backbone, EncoderStream, StreamState
+from lightning_mue.backbones.stream import Inputs
+from lightning_mue.exits import Exits
+from lightning_mue.inference.stopwatch import Stopwatch
+from lightning_mue.policy import ExitRule
+from lightning_mue.signals import similarity
+
+OnExit = Callable[[str, int, StreamState, Tensor], None]
+"""Called at each exit passed, with stream, layer, state and the states before the layer (to record, not to change)."""
+
+
+@dataclass
+class Encoded:
+    """The decoder's memory and what the streams did.
+
+    Args:
+        memory_BSD: what the decoder reads.
+        depths: stream name -> exit depth of each sample, int64 ``[B]``.
+        layer_runs: stream name -> layer executions (calls).
+    """
+
+    memory_BSD: Tensor
+    depths: dict[str, Tensor] = field(default_factory=dict)
+    layer_runs: dict[str, int] = field(default_factory=dict)
+
+
+def encode(
+    backbone: Backbone,
+    exits: Exits | None,
+    inputs: Inputs,
+    rules: Mapping[str, ExitRule],
+    stopwatch: Stopwatch,
+    on_exit: OnExit | None = None,
+) -> Encoded:
+    """Run all streams before the decoder under their rules; a stream without a rule runs at full depth."""
+    done = Encoded(torch.empty(0))
+    out: Tensor | None = None
+    for stream in backbone.encoders:
+        with stopwatch.part(stream.name):
+            state = stream.prologue(inputs, out)
+            h_BTD, depths, runs = _climb(stream, exits, state, rules.get(stream.name), on_exit)
+            out = stream.epilogue(h_BTD)
+        done.depths[stream.name], done.layer_runs[stream.name] = depths, runs
+    assert out is not None
+    done.memory_BSD = out
+    return done
+
+
+def stream_scores(
+    exits: Exits | None, signal: str, stream: str, k: int, state: StreamState, before_BTD: Tensor
+) -> Tensor:
+    """Return the exit scores ``[B]`` of a stream left once per sample."""
+    if signal == "similarity":
+        return similarity(state.h_BTD, before_BTD, state.valid_BT)
+    if signal == "gate":
+        assert exits is not None
+        return exits.gate_logit(stream, k, state.h_BTD, state.valid_BT).sigmoid()
+    return torch.ones(len(state.h_BTD), device=state.h_BTD.device)
+
+
+def _climb(
+    stream: EncoderStream, exits: Exits | None, state: StreamState, rule: ExitRule | None, on_exit: OnExit | None
+) -> tuple[Tensor, Tensor, int]:
+    """Return the exit branches' states ``[B, T, D]``, the depths ``[B]`` and the number of layer calls."""
+    batch = len(state.h_BTD)
+    depths = torch.full((batch,), stream.num_layers, device=state.h_BTD.device)
+    rows = torch.arange(batch, device=state.h_BTD.device)
+    result: Tensor | None = None
+    for k in range(1, stream.num_layers + 1):
+        before_BTD = state.h_BTD
+        state.h_BTD = stream.layer(k, state)
+        if on_exit is not None:
+            on_exit(stream.name, k, state, before_BTD)
+        threshold = rule.threshold_at(k) if rule is not None else None
+        if threshold is None or rule is None:
+            continue
+        leaves = stream_scores(exits, rule.signal, stream.name, k, state, before_BTD) >= threshold
+        count = int(leaves.sum())
+        if count == 0:
+            continue
+        left_BTD = state.h_BTD if count == len(leaves) else state.h_BTD[leaves]
+        left_BTD = left_BTD if exits is None else exits.adapt(stream.name, k, left_BTD)
+        depths[rows[leaves]] = k
+        if count == batch:
+            return left_BTD, depths, k
+        result = torch.empty_like(state.h_BTD) if result is None else result
+        result[rows[leaves]] = left_BTD
+        if count == len(leaves):
+            return result, depths, k
+        stay = (~leaves).nonzero()[:, 0]
+        rows, state = rows[stay], state.rows(stay)
+    if result is None:
+        return state.h_BTD, depths, stream.num_layers
+    result[rows] = state.h_BTD
+    return result, depths, stream.num_layers

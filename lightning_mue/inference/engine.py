@@ -1,0 +1,164 @@
+"""The engine: a backbone, its exits and a policy, ready to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mue.backbones import Backbone, fingerprint, num_layers, view
+from lightning_mue.exits import Exits, attached
+from lightning_mue.inference.encode import encode
+from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, decode
+from lightning_mue.inference.stopwatch import Stopwatch
+from lightning_mue.inference.torch_executor import TorchExecutor
+from lightning_mue.policy import ExitPolicy
+from lightning_mue.signals import NEEDS_LOGITS
+
+PrefixFn = Callable[[int, Tensor], list[int]]
+
+
+@dataclass
+class ExitOutput:
+    """What a generation gave.
+
+    Args:
+        sequences: token ids ``[B, 1 + T]``: start token, answer, end token, padding; as transformers returns them.
+        exit_depths: stream name -> depths, ``[B]`` for streams left once per sample, ``[B, T]`` for the decoder
+            (0 where a row had ended).
+        layer_runs: stream name -> layer executions (calls).
+        pairs: computed (position, layer) pairs of the decoder.
+        timings: part -> milliseconds: one per stream, ``embed``, ``layers``, ``memory`` (cross-attention projection),
+            ``signals``, ``head``, and ``total``; empty if they were not asked for.
+    """
+
+    sequences: Tensor
+    exit_depths: dict[str, Tensor]
+    layer_runs: dict[str, int]
+    pairs: int
+    timings: dict[str, float]
+
+
+class ExitEngine:
+    """Generates greedily under an exit policy; ``ExitPolicy.full_depth()`` is the plain model.
+
+    Args:
+        model: a supported backbone, with exits attached if the policy needs them. It is put into eval mode.
+        policy: what may be left when.
+        check_fingerprint: refuse a policy made for other weights (hashing all weights takes a moment).
+
+    Raises:
+        ValueError: the policy names unknown streams, layers or signals, or belongs to other weights.
+    """
+
+    def __init__(self, model: nn.Module, policy: ExitPolicy, check_fingerprint: bool = True) -> None:
+        self.model = model.eval()
+        self.backbone: Backbone = view(model)
+        self.exits: Exits | None = attached(model)
+        self.policy = policy
+        check_policy(policy, self.backbone, self.exits)
+        if check_fingerprint and policy.fingerprint is not None and policy.fingerprint != (found := fingerprint(model)):
+            raise ValueError(
+                f"The policy was calibrated for weights with fingerprint {policy.fingerprint}, this model has {found}; "
+                "calibrate again."
+            )
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        max_new_tokens: int | None = None,
+        prefix_allowed_tokens_fn: PrefixFn | None = None,
+        timings: bool = False,
+        **inputs: Any,
+    ) -> ExitOutput:
+        """Answer a batch; every row leaves every stream at its own layer.
+
+        Args:
+            max_new_tokens: at most; the generation config's (or 20) if not given.
+            prefix_allowed_tokens_fn: transformers' constraint on the next token, such as a closed set of answers.
+            timings: measure the parts.
+            **inputs: the backbone's own: ``pixel_values``, ``input_ids``, ``attention_mask``. Others are ignored.
+        """
+        output, _ = self.run(max_new_tokens, prefix_allowed_tokens_fn, timings, inputs)
+        return output
+
+    def run(
+        self, max_new_tokens: int | None, prefix_fn: PrefixFn | None, timings: bool, inputs: dict[str, Any]
+    ) -> tuple[ExitOutput, TorchExecutor]:
+        """``generate``, returning the executor too: its states are what a trace is made of."""
+        inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
+        settings = self.backbone.decode_settings(max_new_tokens)
+        watch = Stopwatch(next(self.model.parameters()).device, timings)
+        with watch.part("total"):
+            encoded = encode(self.backbone, self.exits, inputs, self.policy.rules, watch)
+            executor = TorchExecutor(
+                self.backbone,
+                self.exits,
+                encoded.memory_BSD,
+                self.backbone.memory_mask(inputs),
+                settings.max_new_tokens,
+                self.backbone.token_processors(settings, prefix_fn),
+                watch,
+            )
+            record = decode(
+                executor,
+                decoder_exits(self.policy),
+                executor.batch,
+                settings.start_id,
+                settings.end_ids,
+                settings.max_new_tokens,
+            )
+        sequences, depths = _as_tensors(record, settings.start_id, settings.pad_id)
+        output = ExitOutput(
+            sequences.to(encoded.memory_BSD.device),
+            encoded.depths | {"decoder": depths},
+            encoded.layer_runs | {"decoder": record.layer_runs},
+            record.pairs,
+            watch.ms,
+        )
+        return output, executor
+
+
+def decoder_exits(policy: ExitPolicy) -> DecoderExits:
+    """Return the decoder's rule as the schedule wants it."""
+    rule = policy.rules.get("decoder")
+    if rule is None:
+        return DecoderExits()
+    return DecoderExits(rule.signal, dict(zip(rule.layers, rule.thresholds, strict=True)))
+
+
+def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) -> None:
+    """Compare a policy with a backbone and its exits.
+
+    Raises:
+        ValueError: what does not fit, what there is, and what to do.
+    """
+    layers = num_layers(backbone)
+    for stream, rule in policy.rules.items():
+        if stream not in layers:
+            raise ValueError(f"The policy names the stream {stream!r}; this backbone has {list(layers)}.")
+        if rule.layers[-1] >= layers[stream]:
+            raise ValueError(
+                f"The policy leaves {stream!r} after layer {rule.layers[-1]}; exits lie in 1..{layers[stream] - 1}."
+            )
+        known = exits.layers.get(stream, ()) if exits is not None else None
+        if known is not None and not set(rule.layers) <= set(known):
+            raise ValueError(
+                f"The policy leaves {stream!r} after {list(rule.layers)}, exits are attached at {list(known)}; "
+                "attach exits there and train them."
+            )
+        if rule.signal == "gate" and (exits is None or not exits.config.gate):
+            raise ValueError(f"The policy's signal for {stream!r} is 'gate', but no gates are attached.")
+        if rule.signal in NEEDS_LOGITS and stream != "decoder":
+            raise ValueError(f"Signal {rule.signal!r} needs logits; stream {stream!r} has none. Use gate or similarity.")
+
+
+def _as_tensors(record: DecodeRecord, start_id: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return sequences ``[B, 1 + T]`` and decoder depths ``[B, T]``."""
+    longest = max(len(tokens) for tokens in record.tokens)
+    sequences = [[start_id, *t, *[pad_id] * (longest - len(t))] for t in record.tokens]
+    depths = [[*d, *[0] * (longest - len(d))] for d in record.depths]
+    return torch.tensor(sequences), torch.tensor(depths)

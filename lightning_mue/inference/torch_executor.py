@@ -1,0 +1,180 @@
+"""TorchExecutor: the backbone's own layers with our K/V buffers; any backbone, device and dtype. The reference.
+
+Shapes: ``B`` batch, ``R`` rows of one call, ``T`` positions, ``m`` new positions, ``D`` width, ``V`` vocabulary.
+Buffers never move: rows are indexed (views while all rows go together), never shuffled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mue.backbones import Backbone
+from lightning_mue.backbones.stream import TokenProcessor, causal_mask
+from lightning_mue.exits import Exits
+from lightning_mue.inference.stopwatch import Stopwatch
+from lightning_mue.signals import NEEDS_LOGITS, confidence, margin, similarity
+
+Index = slice | Tensor
+
+
+class TorchExecutor:
+    """One batch's decode: states and K/V of every position reached.
+
+    Args:
+        backbone: the model's streams.
+        exits: its exits, or None.
+        memory_BSD: what the decoder's cross-attention reads.
+        memory_mask: additive ``[B, 1, 1, S]`` or None.
+        steps: positions at most.
+        processors: applied to logits before the arg-max and before logit signals.
+        stopwatch: where the time of each part goes.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: Exits | None,
+        memory_BSD: Tensor,
+        memory_mask: Tensor | None,
+        steps: int,
+        processors: Sequence[TokenProcessor],
+        stopwatch: Stopwatch,
+    ) -> None:
+        decoder = self._decoder = backbone.decoder
+        if steps > decoder.max_positions:
+            raise ValueError(f"`max_new_tokens` must not pass the decoder's {decoder.max_positions}, got {steps}")
+        self._exits, self._processors, self._watch = exits, processors, stopwatch
+        self._memory, self._memory_mask = memory_BSD, memory_mask
+        self.num_layers = decoder.num_layers
+        self.batch = memory_BSD.shape[0]
+        new = memory_BSD.new_empty
+        kv_shape = (decoder.num_layers + 1, self.batch, decoder.num_heads, steps, decoder.head_dim)
+        self._keys, self._values = new(kv_shape), new(kv_shape)
+        self.states = new(decoder.num_layers + 1, self.batch, steps, decoder.width)
+        self.ids = torch.zeros(self.batch, steps + 1, dtype=torch.long, device=memory_BSD.device)
+        self._memory_kv: list[tuple[Tensor, Tensor] | None] = [None] * (decoder.num_layers + 1)
+        self._projected: list[set[int]] = [set() for _ in range(decoder.num_layers + 1)]
+        self._logits: dict[int, tuple[list[int], Tensor]] = {}
+
+    def embed(self, rows: Sequence[int], position: int, tokens: Sequence[int]) -> None:
+        """Write the states that enter layer 1."""
+        with self._watch.part("embed"):
+            index = self._index(rows)
+            new = torch.tensor(tokens, device=self.ids.device)
+            self.ids[index, position] = new
+            self.states[0, index, position] = self._decoder.embed(new[:, None], position)[:, 0]
+            self._logits.clear()
+
+    def run_layer(self, layer: int, rows: Sequence[int], first: int, last: int) -> None:
+        """Push a block of positions through one layer; its memory K/V are projected when rows first reach it."""
+        self._project_memory(layer, rows)
+        with self._watch.part("layers"):
+            index = self._index(rows)
+            h_RmD = self.states[layer - 1, index, first:last]
+            mask = causal_mask(first, last, h_RmD.dtype, h_RmD.device)
+            memory_mask = None if self._memory_mask is None else self._memory_mask[index]
+            kv = _RowsKV(self, layer, index, first, last)
+            self.states[layer, index, first:last] = self._decoder.cached_layer(layer, h_RmD, kv, mask, memory_mask)
+
+    def score(self, signal: str, layer: int, rows: Sequence[int], position: int) -> list[float]:
+        """Return exit scores as numbers: the one place where a decode waits for the device at every exit."""
+        if signal == "static":
+            return [1.0] * len(rows)
+        with self._watch.part("signals"):
+            index = self._index(rows)
+            if signal in NEEDS_LOGITS:
+                logits_RV = self.exit_logits(layer, index, position)
+                self._logits[layer] = (list(rows), logits_RV)
+            else:
+                logits_RV = None
+            return self.scores(signal, layer, index, position, logits_RV).tolist()
+
+    def scores(self, signal: str, layer: int, index: Index, position: int, logits_RV: Tensor | None) -> Tensor:
+        """Return exit scores ``[R]`` as a tensor; ``logits_RV`` where the signal needs logits."""
+        h_RD = self.states[layer, index, position]
+        if signal == "similarity":
+            return similarity(h_RD[:, None], self.states[layer - 1, index, position][:, None])
+        if signal == "gate":
+            assert self._exits is not None
+            return self._exits.gate_logit("decoder", layer, h_RD).sigmoid()
+        assert logits_RV is not None
+        return confidence(logits_RV) if signal == "confidence" else margin(logits_RV)
+
+    def exit_logits(self, layer: int, index: Index, position: int) -> Tensor:
+        """Return the processed logits ``[R, V]`` of an exit: adapter, shared norm, shared head."""
+        h_RD = self._branch(layer, index, position)
+        return self._process(self._decoder.head(self._decoder.norm(h_RD)), index, position)
+
+    def choose(self, exits: Mapping[int, Sequence[int]], position: int) -> dict[int, int]:
+        """Arg-max tokens; exits whose logits the signal computed already cost nothing more."""
+        with self._watch.part("head"):
+            known = {k: v for k, v in exits.items() if k in self._logits}
+            fresh = {k: v for k, v in exits.items() if k not in self._logits}
+            chosen: dict[int, int] = {}
+            for layer, rows in known.items():
+                order, logits_RV = self._logits[layer]
+                tokens = logits_RV.argmax(-1).tolist()
+                chosen |= {r: t for r, t in zip(order, tokens, strict=True) if r in set(rows)}
+            if fresh:
+                rows = [r for group in fresh.values() for r in group]
+                branches = [self._branch(k, self._index(group), position) for k, group in fresh.items()]
+                h_RD = torch.cat(branches) if len(branches) > 1 else branches[0]
+                logits_RV = self._decoder.head(self._decoder.norm(h_RD))
+                # Rows of several groups are out of order, so they are always indexed, never sliced.
+                index = self._index(rows) if len(fresh) == 1 else torch.tensor(rows, device=self.ids.device)
+                tokens = self._process(logits_RV, index, position).argmax(-1).tolist()
+                chosen |= dict(zip(rows, tokens, strict=True))
+            return chosen
+
+    def _branch(self, layer: int, index: Index, position: int) -> Tensor:
+        h_RD = self.states[layer, index, position]
+        return h_RD if self._exits is None else self._exits.adapt("decoder", layer, h_RD)
+
+    def _process(self, logits_RV: Tensor, index: Index, position: int) -> Tensor:
+        for processor in self._processors:
+            logits_RV = processor(self.ids[index, : position + 1], logits_RV)
+        return logits_RV
+
+    def _index(self, rows: Sequence[int]) -> Index:
+        """Return a slice where rows are consecutive (reads and writes are then views), else a tensor."""
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return slice(rows[0], rows[-1] + 1)
+        return torch.tensor(rows, device=self.ids.device)
+
+    def _project_memory(self, layer: int, rows: Sequence[int]) -> None:
+        missing = [r for r in rows if r not in self._projected[layer]]
+        if not missing:
+            return
+        with self._watch.part("memory"):
+            index = self._index(missing)
+            key, value = self._decoder.memory_kv(layer, self._memory[index])
+            stored = self._memory_kv[layer]
+            if stored is None and len(missing) == self.batch:
+                self._memory_kv[layer] = (key, value)
+            else:
+                if stored is None:
+                    shape = (self.batch, *key.shape[1:])
+                    stored = self._memory_kv[layer] = (key.new_empty(shape), value.new_empty(shape))
+                stored[0][index], stored[1][index] = key, value
+            self._projected[layer].update(missing)
+
+
+class _RowsKV:
+    """One layer's K/V for the rows and positions of one call (a ``LayerKV``)."""
+
+    def __init__(self, owner: TorchExecutor, layer: int, index: Index, first: int, last: int) -> None:
+        self._owner, self._layer, self._index, self._first, self._last = owner, layer, index, first, last
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._owner._keys[self._layer], self._owner._values[self._layer]
+        keys[self._index, :, self._first : self._last] = key
+        values[self._index, :, self._first : self._last] = value
+        return keys[self._index, :, : self._last], values[self._index, :, : self._last]
+
+    def memory(self) -> tuple[Tensor, Tensor]:
+        stored = self._owner._memory_kv[self._layer]
+        assert stored is not None
+        return stored[0][self._index], stored[1][self._index]

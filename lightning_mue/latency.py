@@ -1,0 +1,83 @@
+"""The latency table: what each piece of the work costs on one device, in milliseconds, at batch 1. Pure data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lightning_mue.policy import write_text
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class StreamLatency:
+    """Milliseconds of a stream that is left once per sample (vision, encoder).
+
+    ``fixed_ms`` is prologue + epilogue (always run), ``layer_ms`` one layer, ``signal_ms`` one exit decision by signal.
+    """
+
+    fixed_ms: float
+    layer_ms: float
+    signal_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DecoderLatency:
+    """Milliseconds of the decoder.
+
+    ``layer_ms[i]`` is one layer over a block of ``block_sizes[i]`` pending positions; ``cross_ms`` the cross-attention
+    K/V projection of one layer, paid when the layer is first reached; ``step_ms`` what each step pays at any depth
+    (embedding, vocabulary head, bookkeeping).
+    """
+
+    block_sizes: tuple[int, ...]
+    layer_ms: tuple[float, ...]
+    cross_ms: float
+    step_ms: float
+    signal_ms: Mapping[str, float] = field(default_factory=dict)
+
+    def layer_cost(self, pending: np.ndarray) -> np.ndarray:
+        """Return the ms of one layer over ``pending`` positions (0 costs 0), interpolated between measured sizes."""
+        cost = np.interp(pending, self.block_sizes, self.layer_ms)
+        return np.where(pending > 0, cost, 0.0)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured costs by stream, and where they were measured."""
+
+    streams: Mapping[str, StreamLatency]
+    decoder: DecoderLatency
+    device: str = ""
+    threads: int = 0
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON."""
+        write_text(path, json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+        """Read a table.
+
+        Raises:
+            ValueError: not JSON, another schema, or no latency table.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}); measure the latency again.") from error
+        if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+            raise ValueError(f"{path} must be a latency table of schema {SCHEMA}; measure it again.")
+        try:
+            decoder = data["decoder"]
+            decoder |= {k: tuple(decoder[k]) for k in ("block_sizes", "layer_ms")}
+            streams = {k: StreamLatency(**v) for k, v in data["streams"].items()}
+            return cls(streams, DecoderLatency(**decoder), data["device"], data["threads"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} must hold a latency table; an entry is missing or wrong: {error}") from error

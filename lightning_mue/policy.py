@@ -1,0 +1,227 @@
+"""Exit policies: which stream may be left after which layers, at which score.
+
+Pure data, JSON both ways. A policy knows nothing of tensors or models; the engine obeys it, the calibrator writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+SIGNAL_RANGES: dict[str, tuple[float, float]] = {
+    "similarity": (-1.0, 1.0),
+    "confidence": (0.0, 1.0),
+    "margin": (0.0, 1.0),
+    "gate": (0.0, 1.0),
+    "static": (0.0, 1.0),
+}
+"""Every signal and the range of its scores; higher = safer to leave. ``static`` always scores 1: it makes a fixed depth."""
+
+KV_FILLS = ("just-in-time",)
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """Leave a stream after ``layers[i]`` (counted from 1) if the signal's score is at least ``thresholds[i]``.
+
+    A threshold lies in the signal's range, or is ``inf``: that exit is never taken. Layers not named are never exits.
+    """
+
+    signal: str
+    layers: tuple[int, ...]
+    thresholds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(int(k) for k in self.layers))
+        object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
+        if self.signal not in SIGNAL_RANGES:
+            raise ValueError(f"`signal` must be one of {sorted(SIGNAL_RANGES)}, got {self.signal!r}")
+        if len(self.layers) != len(self.thresholds) or not self.layers:
+            raise ValueError(
+                f"`layers` and `thresholds` must be of equal, non-zero length, "
+                f"got {len(self.layers)} and {len(self.thresholds)}"
+            )
+        if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 1:
+            raise ValueError(f"`layers` must rise and start at 1 or above, got {list(self.layers)}")
+
+    @classmethod
+    def static(cls, depth: int) -> ExitRule:
+        """Return the rule that always leaves after layer ``depth``."""
+        return cls("static", (depth,), (0.0,))
+
+    def threshold_at(self, layer: int) -> float | None:
+        """Return the threshold of ``layer``, or None if it is no exit."""
+        return self.thresholds[self.layers.index(layer)] if layer in self.layers else None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was promised, and the test that allows the promise.
+
+    ``kind`` is ``certified`` (the promise holds with ``confidence_level`` over the draw of the calibration data),
+    ``uncertified`` (simulated only) or ``full depth`` (nothing passed; the promise holds trivially).
+    """
+
+    kind: str
+    metric: str
+    keep: float
+    confidence_level: float
+    n: int = 0
+    clusters: int = 0
+    p_value: float | None = None
+    mean_loss: float | None = None
+    score: float | None = None
+    score_full_depth: float | None = None
+    method: str = ""
+    seed: int = 0
+    split_hash: str = ""
+    chain_hash: str = ""
+    data_fingerprint: str = ""
+    decode: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    def in_words(self) -> str:
+        """Return the promise as one or two plain sentences."""
+        what = {
+            "consistency": f"gives the full-depth output on at least {self.keep:.1%} of inputs",
+        }.get(self.metric, f"keeps at least {self.keep:.1%} of the full-depth {self.metric.replace('_', ' ')}")
+        if self.kind == "certified":
+            text = (
+                f"With {self.confidence_level:.0%} confidence over the draw of the calibration data, this policy {what} "
+                f"on new data from the same source (n = {self.n} samples in {self.clusters} clusters, "
+                f"p = {self.p_value:.2g}, {self.method})."
+            )
+        elif self.kind == "full depth":
+            text = "No exit policy was certified: this is the full-depth model."
+        else:
+            text = "Uncertified: thresholds were simulated on data that also chose the checkpoint; no promise is made."
+        return f"{text} {self.note}".strip()
+
+
+@dataclass(frozen=True)
+class ExitPolicy:
+    """Exit rules by stream name; a stream without a rule runs at full depth.
+
+    Args:
+        rules: stream name -> rule.
+        kv_fill: how deeper K/V of earlier tokens come to be; ``just-in-time`` is exact (DEED).
+        fingerprint: of the weights the thresholds belong to; the engine refuses others. None: any weights.
+        certificate: None means uncalibrated.
+    """
+
+    rules: Mapping[str, ExitRule] = field(default_factory=dict)
+    kv_fill: str = "just-in-time"
+    fingerprint: str | None = None
+    certificate: Certificate | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", dict(sorted(self.rules.items())))
+        if self.kv_fill not in KV_FILLS:
+            raise ValueError(f"`kv_fill` must be one of {list(KV_FILLS)}, got {self.kv_fill!r}")
+        for stream, rule in self.rules.items():
+            low, high = SIGNAL_RANGES[rule.signal]
+            for threshold in rule.thresholds:
+                if not (low <= threshold <= high or threshold == math.inf):
+                    raise ValueError(
+                        f"`thresholds[{stream!r}]` must lie in [{low:g}, {high:g}] for signal {rule.signal!r} "
+                        f"(or be inf: never leave there), got {threshold:g}"
+                    )
+
+    @classmethod
+    def full_depth(cls) -> ExitPolicy:
+        """Return the policy that never leaves early: the plain model."""
+        return cls()
+
+    @property
+    def is_full_depth(self) -> bool:
+        """Whether no stream can be left early."""
+        return not self.rules
+
+    def depths_in_words(self) -> str:
+        """Return a short name, such as ``decoder: gate at 1, 2; vision: static 2``."""
+        if self.is_full_depth:
+            return "full depth"
+        parts = []
+        for stream, rule in self.rules.items():
+            layers = ", ".join(str(k) for k, t in zip(rule.layers, rule.thresholds, strict=True) if t < math.inf)
+            parts.append(
+                f"{stream}: {rule.signal} at {layers}" if rule.signal != "static" else f"{stream}: static {layers}"
+            )
+        return "; ".join(parts)
+
+    def to_json(self) -> str:
+        """Return the policy as canonical JSON (sorted keys; ``inf`` as null): equal policies give equal bytes."""
+        rules = {
+            name: {
+                "signal": r.signal,
+                "layers": list(r.layers),
+                "thresholds": [None if t == math.inf else t for t in r.thresholds],
+            }
+            for name, r in self.rules.items()
+        }
+        data = {
+            "schema": SCHEMA,
+            "rules": rules,
+            "kv_fill": self.kv_fill,
+            "fingerprint": self.fingerprint,
+            "certificate": asdict(self.certificate) if self.certificate else None,
+        }
+        return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "policy") -> ExitPolicy:
+        """Read a policy; ``source`` names it in errors.
+
+        Raises:
+            ValueError: not JSON, another schema, or a threshold out of its signal's range.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"{source} must be a policy of schema {SCHEMA}, found {found!r}")
+        try:
+            rules = {
+                name: ExitRule(
+                    r["signal"], tuple(r["layers"]), tuple(math.inf if t is None else t for t in r["thresholds"])
+                )
+                for name, r in data["rules"].items()
+            }
+            certificate = Certificate(**data["certificate"]) if data.get("certificate") else None
+            return cls(rules, data["kv_fill"], data["fingerprint"], certificate)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{source} must be a policy; an entry is missing or of another kind: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy as JSON, aside and renamed, so that no half-written file is ever seen."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ExitPolicy:
+        """Read a policy from a JSON file."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"), source=str(path))
+
+
+def chain_hash(policies: list[ExitPolicy]) -> str:
+    """Return the hash of an ordered chain of policies, stored before the first of them is tested."""
+    return hashlib.sha256("".join(p.to_json() for p in policies).encode()).hexdigest()[:16]
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to ``path`` through a temporary file beside it and a rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

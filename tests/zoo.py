@@ -1,0 +1,99 @@
+"""Tiny random models of every backbone; a new backbone joins all invariants by one line in ``BACKBONES``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mue.backbones import build_backbone
+from lightning_mue.exits import ExitConfig, attach_exits
+
+VOCABULARY = 97
+IMAGE_TOKENS = 5
+START, END, PAD = 2, 3, 0
+
+
+def tiny_florence2() -> nn.Module:
+    text = {
+        "model_type": "bart",
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "encoder_layers": 4,
+        "decoder_layers": 5,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 64,
+        "pad_token_id": PAD,
+        "bos_token_id": START,
+        "eos_token_id": END,
+        "decoder_start_token_id": START,
+        "initializer_range": 0.3,
+        "init_std": 0.3,
+    }
+    vision = {
+        "depths": [1, 1, 4, 1],
+        "embed_dim": [8, 16, 24, 32],
+        "num_heads": [2, 2, 4, 4],
+        "num_groups": [2, 2, 4, 4],
+        "patch_size": [7, 3, 3, 3],
+        "window_size": 3,
+        "projection_dim": 32,
+        "max_position_embeddings": 20,
+        "initializer_range": 0.2,
+    }
+    generation = {"decoder_start_token_id": START, "eos_token_id": END, "pad_token_id": PAD, "max_new_tokens": 12}
+    return build_backbone(
+        {
+            "model_type": "florence2",
+            "image_token_id": 4,
+            "text_config": text,
+            "vision_config": vision,
+            "generation_config": generation,
+        }
+    )
+
+
+def florence2_inputs(batch: int, seed: int = 0, prompt: int = 6) -> dict[str, Tensor]:
+    """Pictures of 64 x 64 (so 4 + 1 image tokens) and prompts of random lengths, padded on the right."""
+    g = torch.Generator().manual_seed(seed)
+    length = IMAGE_TOKENS + prompt
+    ids = torch.randint(5, VOCABULARY, (batch, length), generator=g)
+    ids[:, :IMAGE_TOKENS] = 4
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        short = int(torch.randint(2, prompt + 1, (1,), generator=g))
+        ids[row, IMAGE_TOKENS + short :] = PAD
+        mask[row, IMAGE_TOKENS + short :] = 0
+    pixels = torch.randn(batch, 3, 64, 64, generator=g)
+    return {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
+
+
+BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
+    "florence2": (tiny_florence2, florence2_inputs, {"vision": [1, 2, 3], "encoder": [1, 2, 3], "decoder": [1, 2, 3, 4]}),
+}
+
+
+def make(name: str, seed: int = 0, exits: bool = True) -> nn.Module:
+    """Return a tiny model in eval mode, with exits whose adapters and gates are not zero (or none)."""
+    torch.manual_seed(seed)
+    build, _, layers = BACKBONES[name]
+    model = build()
+    if exits:
+        attached = attach_exits(model, ExitConfig(**layers, adapter_width=8, gate_width=8))
+        with torch.no_grad():
+            for parameter in attached.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def inputs(name: str, batch: int, seed: int = 0) -> dict[str, Tensor]:
+    return BACKBONES[name][1](batch, seed)
+
+
+def exit_layers(name: str) -> dict[str, list[int]]:
+    return BACKBONES[name][2]
