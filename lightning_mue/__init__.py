@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_mue.callbacks import CalibrateExits, CollectTrace, LogExitDepth
+    from lightning_mue.callbacks import CalibrateExits, CollectTrace
     from lightning_mue.data import ShardsDataModule
     from lightning_mue.exits import ExitConfig, attach_exits, detach_exits
     from lightning_mue.export import freeze, load
@@ -30,7 +30,6 @@ _HOMES = {
     "ExitPolicy": "policy",
     "ExitRule": "policy",
     "LatencyTable": "latency",
-    "LogExitDepth": "callbacks",
     "MultiExitModule": "training",
     "ShardsDataModule": "data",
     "Trace": "trace",
@@ -49,7 +48,6 @@ __all__ = [
     "ExitPolicy",
     "ExitRule",
     "LatencyTable",
-    "LogExitDepth",
     "MultiExitModule",
     "ShardsDataModule",
     "Trace",

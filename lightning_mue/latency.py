@@ -57,27 +57,36 @@ class LatencyTable:
     device: str = ""
     threads: int = 0
 
+    def to_json(self) -> str:
+        """Return the table as JSON."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON."""
-        write_text(path, json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True) + "\n")
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
-        """Read a table.
+        """Read a table from a JSON file."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "the latency table") -> LatencyTable:
+        """Read a table; ``source`` names it in errors.
 
         Raises:
             ValueError: not JSON, another schema, or no latency table.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON ({error}); measure the latency again.") from error
+            raise ValueError(f"{source} is not JSON ({error}); measure the latency again.") from error
         if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
-            raise ValueError(f"{path} must be a latency table of schema {SCHEMA}; measure it again.")
+            raise ValueError(f"{source} must be a latency table of schema {SCHEMA}; measure it again.")
         try:
             decoder = data["decoder"]
             decoder |= {k: tuple(decoder[k]) for k in ("block_sizes", "layer_ms")}
             streams = {k: StreamLatency(**v) for k, v in data["streams"].items()}
             return cls(streams, DecoderLatency(**decoder), data["device"], data["threads"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} must hold a latency table; an entry is missing or wrong: {error}") from error
+            raise ValueError(f"{source} must hold a latency table; an entry is missing or wrong: {error}") from error

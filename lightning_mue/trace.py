@@ -130,7 +130,8 @@ class Trace:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
-        save_file(arrays, aside, metadata={"format": SCHEMA, "header": json.dumps(header, sort_keys=True)})
+        # One metadata key: safetensors writes several in random order, and equal traces should be equal files.
+        save_file(arrays, aside, metadata={"trace": json.dumps({"format": SCHEMA, **header}, sort_keys=True)})
         os.replace(aside, path)
 
     @classmethod
@@ -142,13 +143,12 @@ class Trace:
         """
         try:
             with safe_open(path, framework="numpy") as file:
-                meta = file.metadata() or {}
+                header = json.loads((file.metadata() or {}).get("trace", "{}"))
                 arrays = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable trace ({error}); collect it again.") from error
-        if meta.get("format") != SCHEMA:
-            raise ValueError(f"{path} must hold a trace ({SCHEMA}), found {meta.get('format')!r}")
-        header = json.loads(meta["header"])
+        if header.get("format") != SCHEMA:
+            raise ValueError(f"{path} must hold a trace ({SCHEMA}), found {header.get('format')!r}")
         streams = {}
         for name, s in header["streams"].items():
             prefix = f"{name}.scores."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -82,7 +83,7 @@ def _climb(
         if on_exit is not None:
             on_exit(stream.name, k, state, before_BTD)
         threshold = rule.threshold_at(k) if rule is not None else None
-        if threshold is None or rule is None:
+        if rule is None or threshold is None or threshold == math.inf:
             continue
         leaves = stream_scores(exits, rule.signal, stream.name, k, state, before_BTD) >= threshold
         count = int(leaves.sum())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone, fingerprint, num_layers, view
 from lightning_mue.exits import Exits, attached
-from lightning_mue.inference.encode import encode
+from lightning_mue.inference.encode import OnExit, encode
 from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, decode
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
@@ -49,13 +50,17 @@ class ExitEngine:
         model: a supported backbone, with exits attached if the policy needs them. It is put into eval mode.
         policy: what may be left when.
         check_fingerprint: refuse a policy made for other weights (hashing all weights takes a moment).
+        processor: makes tensors of pictures and prompts and text of tokens; only ``answer`` needs it.
 
     Raises:
         ValueError: the policy names unknown streams, layers or signals, or belongs to other weights.
     """
 
-    def __init__(self, model: nn.Module, policy: ExitPolicy, check_fingerprint: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, policy: ExitPolicy, check_fingerprint: bool = True, processor: Any = None
+    ) -> None:
         self.model = model.eval()
+        self.processor = processor
         self.backbone: Backbone = view(model)
         self.exits: Exits | None = attached(model)
         self.policy = policy
@@ -85,15 +90,40 @@ class ExitEngine:
         output, _ = self.run(max_new_tokens, prefix_allowed_tokens_fn, timings, inputs)
         return output
 
+    def answer(self, images: Sequence[Any], prompts: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
+        """Answer one prompt for each picture, as text.
+
+        Args:
+            images: PIL pictures.
+            prompts: as many texts.
+            max_new_tokens: at most; the generation config's (or 20) if not given.
+
+        Raises:
+            ValueError: the engine has no processor, or the numbers of pictures and prompts differ.
+        """
+        if self.processor is None:
+            raise ValueError("`answer` needs a processor and this engine has none; pass one, or use `generate`.")
+        if isinstance(prompts, str) or len(images) != len(prompts):
+            found = "one text" if isinstance(prompts, str) else str(len(prompts))
+            raise ValueError(f"`prompts` must be a list with one text for each of {len(images)} images, got {found}")
+        device = next(self.model.parameters()).device
+        inputs = {name: tensor.to(device) for name, tensor in self.processor(images, prompts).items()}
+        return self.processor.decode(self.generate(max_new_tokens, **inputs).sequences)
+
     def run(
-        self, max_new_tokens: int | None, prefix_fn: PrefixFn | None, timings: bool, inputs: dict[str, Any]
+        self,
+        max_new_tokens: int | None,
+        prefix_fn: PrefixFn | None,
+        timings: bool,
+        inputs: dict[str, Any],
+        on_exit: OnExit | None = None,
     ) -> tuple[ExitOutput, TorchExecutor]:
-        """``generate``, returning the executor too: its states are what a trace is made of."""
+        """``generate``, returning the executor too: its states, and what ``on_exit`` sees, are what a trace is made of."""
         inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
         settings = self.backbone.decode_settings(max_new_tokens)
         watch = Stopwatch(next(self.model.parameters()).device, timings)
         with watch.part("total"):
-            encoded = encode(self.backbone, self.exits, inputs, self.policy.rules, watch)
+            encoded = encode(self.backbone, self.exits, inputs, self.policy.rules, watch, on_exit)
             executor = TorchExecutor(
                 self.backbone,
                 self.exits,
@@ -127,7 +157,8 @@ def decoder_exits(policy: ExitPolicy) -> DecoderExits:
     rule = policy.rules.get("decoder")
     if rule is None:
         return DecoderExits()
-    return DecoderExits(rule.signal, dict(zip(rule.layers, rule.thresholds, strict=True)))
+    reachable = {k: t for k, t in zip(rule.layers, rule.thresholds, strict=True) if t < math.inf}
+    return DecoderExits(rule.signal, reachable)
 
 
 def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) -> None:

@@ -1,0 +1,26 @@
+"""Thresholds with a guarantee: p-values, simulation, proposal and certification. numpy and scipy only."""
+
+from lightning_mue.calibration.certify import Decoded, Provenance, Tested, certify, uncertified
+from lightning_mue.calibration.losses import METRICS, TestResult, check_promise, p_value
+from lightning_mue.calibration.propose import Candidate, Proposal, propose
+from lightning_mue.calibration.sample_size import samples_needed, shortage
+from lightning_mue.calibration.simulate import Simulation, simulate
+
+__all__ = [
+    "METRICS",
+    "Candidate",
+    "Decoded",
+    "Proposal",
+    "Provenance",
+    "Simulation",
+    "TestResult",
+    "Tested",
+    "certify",
+    "check_promise",
+    "p_value",
+    "propose",
+    "samples_needed",
+    "shortage",
+    "simulate",
+    "uncertified",
+]

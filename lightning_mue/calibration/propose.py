@@ -1,0 +1,227 @@
+"""Proposing: from a trace and a latency table to a short chain of policies, from safe to bold.
+
+Nothing here carries a promise: simulation errors cost speed, the certificate comes from real decoding (`certify`).
+Pareto testing (Laufer-Goldshtein et al. 2023): search on this data, order the frontier, test it on other data.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_mue.calibration.dials import stream_options
+from lightning_mue.calibration.frontier import pareto, peel
+from lightning_mue.calibration.losses import check_promise, sample_losses, tolerance_of
+from lightning_mue.calibration.simulate import StreamOutcome, simulate_stream
+from lightning_mue.latency import LatencyTable
+from lightning_mue.policy import ExitPolicy, ExitRule, chain_hash
+from lightning_mue.trace import Trace
+
+USED_TARGETS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.1)
+"""Where the chain's links lie, as fractions of the allowed loss: the first almost surely passes, the last fails."""
+
+_DIGITS = 9  # risks and times that differ by less are ties
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy and what simulation predicts of it.
+
+    Args:
+        policy: with the fingerprint of the trace, without a certificate.
+        risk: predicted mean loss over clusters, the number that will be tested.
+        used: the part of the allowed loss it uses: 0 at full depth, 1 where the promise is only just kept.
+        ms: predicted milliseconds per sample.
+        score: predicted mean metric score over clusters.
+        same: predicted fraction of outputs identical to full depth, over clusters.
+        depths: stream name -> mean exit depth (decoder: over steps).
+    """
+
+    policy: ExitPolicy
+    risk: float
+    used: float
+    ms: float
+    score: float
+    same: float
+    depths: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What to test, and what it was chosen from.
+
+    Args:
+        chain: at most 10 candidates, rising risk and falling ms, each faster than full depth; fixed before the
+            certify split is seen.
+        frontier: candidates that no other beats in both predicted risk and ms, from safe to bold.
+        statics: full depth first, then every static depth of each single stream; for the report.
+        metric: of the promise.
+        keep: of the promise.
+        confidence_level: of the promise.
+    """
+
+    chain: list[Candidate]
+    frontier: list[Candidate]
+    statics: list[Candidate]
+    metric: str
+    keep: float
+    confidence_level: float
+
+    @property
+    def full_depth(self) -> Candidate:
+        """The plain model on the same samples."""
+        return self.statics[0]
+
+    @property
+    def chain_hash(self) -> str:
+        """The hash of the chain's policies, to be stored before the first of them is tested."""
+        return chain_hash([candidate.policy for candidate in self.chain])
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One rule of one stream and its outcome; ``risk`` and ``ms`` are its shares of the sums over streams."""
+
+    rule: ExitRule | None
+    outcome: StreamOutcome
+    risk: float
+    ms: float
+
+
+def propose(
+    trace: Trace,
+    latency: LatencyTable,
+    metric: str,
+    keep: float,
+    confidence_level: float,
+    dials: int = 12,
+    survivors: int = 300,
+) -> Proposal:
+    """Search policies by simulation and order the best as a chain.
+
+    Every stream has options: full depth, each static depth, each signal at ``dials`` dials. Risks and times of streams
+    add, which prunes the product; the survivors are then evaluated sample by sample. The same trace and latency give
+    the same policy bytes, whatever the order of samples, shards or repeats.
+
+    Args:
+        trace: full-depth pass over the propose split.
+        latency: measured costs.
+        metric: ``accuracy``, ``exact_match`` or ``consistency``.
+        keep: the fraction to keep, in (0, 1).
+        confidence_level: of the promise, in (0, 1); carried along for `certify`.
+        dials: dials per signal, spaced geometrically from 1/30 of the tolerance to 1/2.
+        survivors: how many combinations are evaluated exactly, at least.
+
+    Raises:
+        ValueError: an impossible promise, a trace of another metric, or costs that were not measured.
+    """
+    check_promise(keep, metric, confidence_level)
+    recorded = trace.meta.get("metric", metric)
+    if metric != "consistency" and recorded != metric:
+        raise ValueError(f"The trace holds scores of {recorded!r}, the promise is about {metric!r}; collect it again")
+    trace = Trace.merge([trace])  # in order of sample id, without repeats
+    weights = _cluster_weights(trace)
+    gammas = np.geomspace((1 - keep) / 30, 0.5, dials)
+    options = {
+        name: [_option(trace, name, rule, latency, metric, weights) for rule in stream_options(trace, name, gammas)]
+        for name in sorted(trace.streams)
+    }
+    full, combinations = _combinations(options, survivors)
+    judged = [_evaluate(trace, choice, metric, keep, weights) for choice in combinations]
+    statics = [_evaluate(trace, choice, metric, keep, weights) for choice in _statics(options, full)]
+    frontier = _frontier([*judged, *statics])
+    chain = _chain(frontier, statics[0].ms)
+    return Proposal(chain, frontier, statics, metric, keep, confidence_level)
+
+
+def _cluster_weights(trace: Trace) -> np.ndarray:
+    """Return weights ``[n]`` under which a sum over samples is the mean of the cluster means."""
+    _, index = np.unique(np.asarray(trace.clusters, dtype=str), return_inverse=True)
+    sizes = np.bincount(index)
+    return 1.0 / (len(sizes) * sizes[index])
+
+
+def _option(
+    trace: Trace, name: str, rule: ExitRule | None, latency: LatencyTable, metric: str, weights: np.ndarray
+) -> _Option:
+    outcome = simulate_stream(trace, name, rule, latency)
+    harm = ~outcome.same if metric == "consistency" else -outcome.change
+    return _Option(rule, outcome, float((weights * harm).sum()), float(outcome.ms.mean()))
+
+
+def _combinations(
+    options: dict[str, list[_Option]], survivors: int
+) -> tuple[dict[str, _Option], list[dict[str, _Option]]]:
+    """Return full depth in every stream, and the combinations whose summed risk and ms are worth a closer look.
+
+    An option that another of its stream beats in both sums is beaten in every combination, so only frontiers multiply.
+    """
+    fronts = []
+    for of_stream in options.values():
+        risk, ms = (np.round([getattr(o, what) for o in of_stream], _DIGITS) for what in ("risk", "ms"))
+        fronts.append([of_stream[i] for i in pareto(risk, ms)])
+    full = {name: of_stream[0] for name, of_stream in options.items()}
+    grid = list(itertools.product(*fronts))
+    risk = np.round([sum(o.risk for o in choice) for choice in grid], _DIGITS)
+    ms = np.round([sum(o.ms for o in choice) for choice in grid], _DIGITS)
+    return full, [dict(zip(options, grid[i], strict=True)) for i in peel(risk, ms, survivors)]
+
+
+def _statics(options: dict[str, list[_Option]], full: dict[str, _Option]) -> list[dict[str, _Option]]:
+    """Return full depth, then each static depth of each stream with the others at full depth."""
+    choices = [full]
+    for name, of_stream in options.items():
+        choices += [full | {name: o} for o in of_stream if o.rule is not None and o.rule.signal == "static"]
+    return choices
+
+
+def _evaluate(trace: Trace, choice: dict[str, _Option], metric: str, keep: float, weights: np.ndarray) -> Candidate:
+    """Return the candidate with the risk of its actual outcomes, sample by sample (as `simulate` joins them)."""
+    same = np.ones(len(trace), dtype=bool)
+    change, ms = np.zeros(len(trace)), np.zeros(len(trace))
+    for option in choice.values():
+        same, change = same & option.outcome.same, change + option.outcome.change
+        ms = ms + option.outcome.ms
+    score = np.clip(trace.full_score + change, 0.0, 1.0)
+    risk = float((weights * sample_losses(metric, score, trace.full_score, same, keep)).sum())
+    at_full = sample_losses(metric, trace.full_score, trace.full_score, np.ones_like(same), keep)
+    start = float((weights * at_full).sum())
+    allowed = tolerance_of(metric, keep) - start
+    rules = {name: option.rule for name, option in choice.items() if option.rule is not None}
+    depths = {name: _mean_depth(trace, option.outcome.depth) for name, option in choice.items()}
+    return Candidate(
+        ExitPolicy(rules, fingerprint=trace.meta.get("fingerprint")),
+        risk,
+        (risk - start) / max(allowed, 1e-12),
+        float(ms.mean()),
+        float((weights * score).sum()),
+        float((weights * same).sum()),
+        depths,
+    )
+
+
+def _mean_depth(trace: Trace, depth: np.ndarray) -> float:
+    return float(depth.mean() if depth.ndim == 1 else depth.sum() / max(1, int(trace.lengths.sum())))
+
+
+def _frontier(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the frontier; of equals, the one whose policy comes first as text."""
+    by_text = {candidate.policy.to_json(): candidate for candidate in candidates}
+    ordered = [by_text[text] for text in sorted(by_text)]
+    risk = np.round([candidate.risk for candidate in ordered], _DIGITS)
+    ms = np.round([candidate.ms for candidate in ordered], _DIGITS)
+    return [ordered[i] for i in pareto(risk, ms)]
+
+
+def _chain(frontier: Sequence[Candidate], full_ms: float) -> list[Candidate]:
+    """Return, for each target, the fastest candidate that uses no more than that much of the allowed loss."""
+    faster = [candidate for candidate in frontier if round(candidate.ms, _DIGITS) < round(full_ms, _DIGITS)]
+    chain: list[Candidate] = []
+    for target in USED_TARGETS:
+        within = [candidate for candidate in faster if candidate.used <= target]
+        if within and within[-1] not in chain:
+            chain.append(within[-1])
+    return chain

@@ -1,0 +1,84 @@
+"""What the calibration callbacks need to know of a batch: its rows, its split, its score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_mue.data.tasks import split_of
+from lightning_mue.inference.answers import only_answers
+from lightning_mue.metrics.answers import score
+
+Batch = dict[str, Any]
+SPLITS = {"propose": 0.3, "certify": 0.7}
+
+
+def rows_of(batch: Batch, keep: Sequence[bool]) -> Batch:
+    """Return the batch of the rows marked in ``keep``; tensors and lists of the batch's length are cut, others stay."""
+    size = len(keep)
+    index = [i for i, k in enumerate(keep) if k]
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == size:
+            return value[index]
+        return [value[i] for i in index] if isinstance(value, list) and len(value) == size else value
+
+    return {name: cut(value) for name, value in batch.items()}
+
+
+def in_split(trainer: L.Trainer, batch: Batch, split: str) -> list[bool]:
+    """Say which rows belong to "propose" or "certify": by the data module, else by a hash of the cluster."""
+    decide = getattr(getattr(trainer, "datamodule", None), "split_of", None)
+    decide = decide or (lambda cluster: split_of(cluster, SPLITS, "calibration"))
+    return [decide(cluster) == split for cluster in batch["cluster"]]
+
+
+def scorer(trainer: L.Trainer, batch: Batch, metric: str) -> Callable[[Tensor], list[float]]:
+    """Return what scores decoded sequences of this batch; ``consistency`` reports exact match where it can.
+
+    Raises:
+        ValueError: a metric that needs references and a processor, and one of them is missing.
+    """
+    processor = getattr(getattr(trainer, "datamodule", None), "processor", None)
+    references = batch.get("references")
+    if processor is None or references is None:
+        if metric == "consistency":
+            return lambda sequences: [float("nan")] * len(sequences)
+        missing = "a data module with a `processor`" if processor is None else "batches with `references`"
+        raise ValueError(f"Metric {metric!r} needs {missing}; without it use metric 'consistency'.")
+    by = "exact_match" if metric == "consistency" else metric
+
+    def scores(sequences: Tensor) -> list[float]:
+        texts = processor.decode(sequences[:, 1:])
+        return [score(by, text, refs) for text, refs in zip(texts, references, strict=True)]
+
+    return scores
+
+
+def answer_constraint(trainer: L.Trainer, end_id: int) -> Callable[[int, Tensor], list[int]] | None:
+    """Return the constraint to the data module's closed answers, or None if answers are free."""
+    datamodule = getattr(trainer, "datamodule", None)
+    answers = getattr(datamodule, "closed_answers", None)
+    if not answers or datamodule is None:
+        return None
+    labels = datamodule.processor.labels(answers)
+    return only_answers([[int(t) for t in row if t >= 0 and t != end_id] for row in labels], end_id)
+
+
+def on_device(batch: Batch, model: nn.Module) -> Batch:
+    """Move the tensors of a batch to the model's device."""
+    device = next(model.parameters()).device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """Return the items of all ranks, in order of rank."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return items
+    everyone: list[list[Any]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyone, items)
+    return [item for part in everyone for item in part]

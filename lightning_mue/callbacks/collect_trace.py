@@ -1,0 +1,113 @@
+"""CollectTrace: a validation pass that records every exit of every sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lightning_mue.backbones import fingerprint, view
+from lightning_mue.callbacks.batches import Batch, answer_constraint, gather, in_split, on_device, rows_of, scorer
+from lightning_mue.callbacks.journal import Journal
+from lightning_mue.inference.record import record
+from lightning_mue.trace import Trace
+
+
+def open_journal(trainer: L.Trainer, model: Any, metric: str, max_new_tokens: int | None, folder: str | None) -> Journal:
+    """Return the journal of a calibration of this model on the trainer's data."""
+    settings = view(model).decode_settings(max_new_tokens)
+    datamodule = getattr(trainer, "datamodule", None)
+    key = {
+        "fingerprint": fingerprint(model),
+        "decode": dict(settings.plain),
+        "answers": list(getattr(datamodule, "closed_answers", None) or []),
+        "metric": metric,
+        "data": getattr(datamodule, "calibration_fingerprint", "") if not trainer.state.fn == "fit" else "select",
+    }
+    return Journal(folder or Path(trainer.default_root_dir) / "calibration", key)
+
+
+def record_batch(
+    trainer: L.Trainer, model: Any, batch: Batch, metric: str, max_new_tokens: int | None, journal: Journal
+) -> Path | None:
+    """Record one batch into the journal; None if it is empty."""
+    if not batch["sample_id"]:
+        return None
+    settings = view(model).decode_settings(max_new_tokens)
+    prefix_fn = answer_constraint(trainer, settings.end_ids[0])
+
+    def make() -> Trace:
+        return record(
+            model,
+            on_device(batch, model),
+            batch["sample_id"],
+            batch["cluster"],
+            scorer(trainer, batch, metric),
+            max_new_tokens,
+            prefix_fn,
+            journal.key,
+        )
+
+    return journal.trace(batch["sample_id"], make)
+
+
+class CollectTrace(L.Callback):
+    """Records a trace of the validation data at full depth and leaves it in ``trace`` (and in ``out``).
+
+    Args:
+        out: file for the merged trace, or None.
+        metric: ``exact_match``, ``accuracy`` or ``consistency``.
+        split: "propose" or "certify" records that part alone; None everything.
+        max_new_tokens: of each answer; the generation config's if not given.
+        model: attribute of the LightningModule that holds the backbone.
+        folder: of the journal; ``<default_root_dir>/calibration`` if not given.
+    """
+
+    def __init__(
+        self,
+        out: str | None = None,
+        metric: str = "exact_match",
+        split: str | None = None,
+        max_new_tokens: int | None = None,
+        model: str = "model",
+        folder: str | None = None,
+    ) -> None:
+        self.out, self.metric, self.split = out, metric, split
+        self.max_new_tokens, self.model, self.folder = max_new_tokens, model, folder
+        self.trace: Trace | None = None
+        self._journal: Journal | None = None
+        self._paths: list[Path] = []
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the journal."""
+        if not trainer.sanity_checking:
+            model = getattr(pl_module, self.model)
+            self._journal = open_journal(trainer, model, self.metric, self.max_new_tokens, self.folder)
+            self._paths = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Record the batch."""
+        if self._journal is None or trainer.sanity_checking:
+            return
+        if self.split is not None:
+            batch = rows_of(batch, in_split(trainer, batch, self.split))
+        model = getattr(pl_module, self.model)
+        path = record_batch(trainer, model, batch, self.metric, self.max_new_tokens, self._journal)
+        self._paths += [path] if path is not None else []
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Merge all ranks' traces."""
+        if self._journal is None or trainer.sanity_checking:
+            return
+        self.trace = Trace.merge([Trace.load(p) for p in sorted(set(gather(self._paths)))])
+        if self.out is not None and trainer.is_global_zero:
+            self.trace.save(self.out)

@@ -1,0 +1,90 @@
+"""Real decoding of the certify split: what a certificate rests on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+from rich.progress import track
+
+from lightning_mue.backbones import view
+from lightning_mue.calibration.certify import Decoded
+from lightning_mue.callbacks.batches import Batch, answer_constraint, gather, in_split, on_device, rows_of, scorer
+from lightning_mue.callbacks.journal import Journal
+from lightning_mue.inference import ExitEngine
+from lightning_mue.policy import ExitPolicy
+
+FULL = ExitPolicy.full_depth()
+
+
+class SplitDecoder:
+    """Decodes a policy on this rank's batches of the certify split with the engine that ships, and gathers all ranks'.
+
+    Results go through the journal, so that an interrupted certification goes on where it was.
+
+    Args:
+        trainer: whose validation data is decoded.
+        model: the backbone.
+        metric: scores the answers.
+        max_new_tokens: of each answer.
+        journal: keeps what was decoded.
+    """
+
+    def __init__(
+        self, trainer: L.Trainer, model: Any, metric: str, max_new_tokens: int | None, journal: Journal
+    ) -> None:
+        self._trainer, self._model, self._metric = trainer, model, metric
+        self._max_new_tokens, self._journal = max_new_tokens, journal
+        settings = view(model).decode_settings(max_new_tokens)
+        self._prefix_fn = answer_constraint(trainer, settings.end_ids[0])
+        self._full_tokens: dict[str, list[int]] = {}
+        self.depths: dict[str, dict[str, dict[str, Any]]] = {}
+        """Policy in words -> sample id -> stream -> exit depths (a list for the decoder); for the report."""
+
+    def __call__(self, policy: ExitPolicy) -> Decoded:
+        """Decode the split under ``policy``; full depth must come first."""
+        engine = ExitEngine(self._model, policy, check_fingerprint=False)
+        loader = self._trainer.val_dataloaders
+        words = policy.depths_in_words()
+        batches = track(
+            loader,
+            description=f"decoding: {words[:60]}",
+            disable=not (self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None),
+        )
+        mine: list[dict[str, Any]] = []
+        for batch in batches:
+            batch = rows_of(batch, in_split(self._trainer, batch, "certify"))
+            if batch["sample_id"]:
+                parts = [policy.to_json(), batch["sample_id"]]
+                mine.append(self._journal.piece("decoded", parts, lambda b=batch: self._decode(engine, b)))
+        rows = [row for piece in gather(mine) for row in piece["rows"]]
+        if policy.is_full_depth:
+            self._full_tokens = {row["id"]: row["tokens"] for row in rows}
+        self.depths[words] = {row["id"]: row["depths"] for row in rows}
+        return Decoded(
+            [row["id"] for row in rows],
+            [row["cluster"] for row in rows],
+            np.array([np.nan if row["score"] is None else row["score"] for row in rows], dtype=np.float64),
+            np.array([row["tokens"] == self._full_tokens[row["id"]] for row in rows]),
+        )
+
+    def _decode(self, engine: ExitEngine, batch: Batch) -> dict[str, Any]:
+        tensors = on_device(batch, self._model)
+        output = engine.generate(self._max_new_tokens, self._prefix_fn, **tensors)
+        scores = scorer(self._trainer, batch, self._metric)(output.sequences)
+        steps = (output.exit_depths["decoder"] > 0).sum(1).tolist()
+        rows = []
+        for i, sample_id in enumerate(batch["sample_id"]):
+            depths = {name: d[i].tolist() for name, d in output.exit_depths.items()}
+            depths["decoder"] = depths["decoder"][: steps[i]]
+            rows.append(
+                {
+                    "id": sample_id,
+                    "cluster": batch["cluster"][i],
+                    "tokens": output.sequences[i, 1 : steps[i] + 1].tolist(),
+                    "score": None if scores[i] != scores[i] else scores[i],
+                    "depths": depths,
+                }
+            )
+        return {"rows": rows}

@@ -1,0 +1,37 @@
+"""Reading a checkpoint of ``mue fit`` without a Trainer, and the policy beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from lightning_mue.backbones.processor import Processor, build_processor
+from lightning_mue.policy import ExitPolicy
+from lightning_mue.training import MultiExitModule
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[MultiExitModule, Processor | None]:
+    """Return the module in eval mode, and the processor if the checkpoint's data module kept a tokenizer.
+
+    Raises:
+        ValueError: the file is not a checkpoint of a MultiExitModule.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "hyper_parameters" not in checkpoint:
+        raise ValueError(f"{path} must be a Lightning checkpoint of a MultiExitModule")
+    module = MultiExitModule.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+    data = checkpoint.get("ShardsDataModule")
+    if data is None:
+        return module, None
+    settings = checkpoint["datamodule_hyper_parameters"]
+    return module, build_processor(data["tokenizer"], settings["image_size"], settings["image_tokens"])
+
+
+def find_policy(path: str | None, ckpt_path: str | None) -> ExitPolicy:
+    """Return the policy at ``path``, else the one beside the checkpoint, else full depth."""
+    if path is not None:
+        return ExitPolicy.load(path)
+    beside = Path(ckpt_path).parent / "policy.json" if ckpt_path else None
+    return ExitPolicy.load(beside) if beside is not None and beside.exists() else ExitPolicy.full_depth()

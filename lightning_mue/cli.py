@@ -1,0 +1,139 @@
+"""The command ``mue``: LightningCLI's subcommands and ours behind one thin dispatcher."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+LIGHTNING = {
+    "fit": "train a model with exits",
+    "validate": "quality at every exit; calibrates if the recipe has CalibrateExits",
+    "test": "decode the test data under a policy and score it",
+    "predict": "decode the test data under a policy",
+    "calibrate": "collect, propose and certify thresholds that keep a promised quality",
+}
+OWN = {
+    "quickstart": "the whole life cycle on built-in data, with a table and a report",
+    "freeze": "make a bundle of a checkpoint and a policy",
+    "generate": "answer for a picture with a bundle",
+    "policy": "show a policy's promise in plain words",
+    "data": "write built-in data as shards",
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run ``mue <command> ...``; without a known command, show them all."""
+    args = list(sys.argv[1:] if args is None else args)
+    command = args[0] if args else "--help"
+    if command in LIGHTNING:
+        from lightning_mue.lightning_cli import run
+
+        run(args)
+    elif command in OWN:
+        try:
+            globals()[f"_{command}"](args[1:])
+        except (ValueError, FileNotFoundError, FileExistsError) as error:
+            sys.exit(f"mue {command}: {error}")
+    else:
+        print(_help())
+        sys.exit(0 if command in ("-h", "--help") else f"mue: no command {command!r}")
+
+
+def _help() -> str:
+    lines = ["usage: mue <command> ...   (mue <command> --help shows its options)", ""]
+    lines += [f"  {name:<12}{text}" for name, text in (LIGHTNING | OWN).items()]
+    return "\n".join([*lines, "", "Recipes (-c FILE) lie in recipes/; see README.md."])
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(f"mue {command}", description=OWN[command])
+
+
+def _quickstart(args: Sequence[str]) -> None:
+    parser = _parser("quickstart")
+    parser.add_argument("--out", default="quickstart", help="folder for data, checkpoint, bundle and report")
+    parser.add_argument("--keep", type=float, default=0.98, help="fraction of full-depth quality to keep")
+    parser.add_argument("--max-seconds", type=float, default=None, help="of training; the recipe's if not given")
+    parser.add_argument("--seed", type=int, default=0)
+    found = parser.parse_args(args)
+    from lightning_mue.quickstart import quickstart
+
+    quickstart(Path(found.out), found.keep, found.seed, found.max_seconds)
+
+
+def _freeze(args: Sequence[str]) -> None:
+    parser = _parser("freeze")
+    parser.add_argument("-c", "--config", help="accepted and not needed: the checkpoint knows its recipe")
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of `mue fit`")
+    parser.add_argument("--policy", help="policy.json; the one beside the checkpoint if not given, else full depth")
+    parser.add_argument("--out", required=True, help="folder of the bundle")
+    found = parser.parse_args(args)
+    from lightning_mue.checkpoint import find_policy, load_checkpoint
+    from lightning_mue.export import freeze
+
+    module, processor = load_checkpoint(found.ckpt_path)
+    policy = find_policy(found.policy, found.ckpt_path)
+    bundle = freeze(module.model, policy, found.out, processor)
+    print(f"{bundle}: {policy.depths_in_words()}")
+    if policy.certificate is not None:
+        print(policy.certificate.in_words())
+
+
+def _generate(args: Sequence[str]) -> None:
+    parser = _parser("generate")
+    parser.add_argument("bundle", help="folder made by `mue freeze`")
+    parser.add_argument("--image", required=True, action="append", help="picture; may be given several times")
+    parser.add_argument("--prompt", default="what does the picture show ?", help="question or instruction")
+    parser.add_argument("--max_new_tokens", type=int, default=None)
+    found = parser.parse_args(args)
+    from PIL import Image, UnidentifiedImageError
+
+    from lightning_mue.export import load
+
+    engine = load(found.bundle)
+    pictures = []
+    for path in found.image:
+        try:
+            pictures.append(Image.open(path).convert("RGB"))
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path} is not a picture that can be read") from error
+    for answer in engine.answer(pictures, [found.prompt] * len(pictures), found.max_new_tokens):
+        print(answer)
+
+
+def _policy(args: Sequence[str]) -> None:
+    parser = _parser("policy")
+    parser.add_argument("action", choices=["show"])
+    parser.add_argument("file", help="policy.json")
+    found = parser.parse_args(args)
+    from lightning_mue.policy import ExitPolicy
+
+    policy = ExitPolicy.load(found.file)
+    print(policy.depths_in_words())
+    print(policy.certificate.in_words() if policy.certificate else "Uncalibrated: no promise is made.")
+
+
+def _data(args: Sequence[str]) -> None:
+    parser = _parser("data")
+    parser.add_argument("name", choices=["scenes"])
+    parser.add_argument("--out", required=True, help="folder for the shards")
+    parser.add_argument("--train", type=int, default=10_000, help="training pictures")
+    parser.add_argument("--val", type=int, default=2_000, help="validation pictures")
+    parser.add_argument("--test", type=int, default=0, help="test pictures")
+    parser.add_argument("--size", type=int, default=48, help="pixels a side")
+    parser.add_argument("--seed", type=int, default=0)
+    found = parser.parse_args(args)
+    from lightning_mue.data.scenes import write_scenes
+
+    for split in ("train", "val", "test"):
+        if count := getattr(found, split):
+            shards = write_scenes(found.out, count, found.seed, split, found.size)
+            print(f"{split}: {count} pictures in {len(shards)} shards under {found.out}")
+
+
+if __name__ == "__main__":
+    main()
+
+

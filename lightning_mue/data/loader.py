@@ -1,0 +1,191 @@
+"""Batches in an order that only (seed, epoch) decides, equally many on every rank, resumable in mid-epoch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_mue.data.store import SampleStore
+
+Batch = dict[str, Any]
+Plan = Callable[[int], list[list[int]]]
+
+
+class Processor(Protocol):
+    """What turns pictures and texts into tensors, and tokens back into texts."""
+
+    def __call__(self, images: Sequence[Image.Image], text: Sequence[str]) -> dict[str, Tensor]:
+        """Return ``pixel_values [B, 3, H, W]``, ``input_ids [B, S]`` and ``attention_mask [B, S]``."""
+
+    def labels(self, text: Sequence[str]) -> Tensor:
+        """Return token ids ``[B, T]``, each row ended by ``</s>`` and padded with -100; no start token."""
+
+    def decode(self, sequences: Tensor) -> list[str]:
+        """Return the texts of token ids ``[B, T]``."""
+
+
+def train_batches(count: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """Shuffles one epoch: every sample at least once over all ranks.
+
+    Ranks share samples, not shards: each has the same number of batches of the same sizes, for which at most
+    ``world - 1`` samples come twice.
+
+    Args:
+        count: number of samples.
+        batch_size: samples a batch and rank.
+        seed: with ``epoch``, decides the order.
+        epoch: counted from 0.
+        rank: whose batches.
+        world: number of ranks.
+
+    Returns:
+        Indices of the samples, batch by batch.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    mine = np.resize(order, -(-count // world) * world)[rank::world].tolist()
+    return [mine[k : k + batch_size] for k in range(0, len(mine), batch_size)]
+
+
+def eval_batches(sample_ids: Sequence[str], batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """Orders samples by id; batch ``k`` goes to rank ``k mod world``, so its composition knows no world size.
+
+    Ranks that would have fewer batches repeat some (drop repeats by sample id).
+
+    Args:
+        sample_ids: ids of the samples.
+        batch_size: samples a batch.
+        rank: whose batches.
+        world: number of ranks.
+
+    Returns:
+        Indices of the samples, batch by batch.
+    """
+    order = sorted(range(len(sample_ids)), key=sample_ids.__getitem__)
+    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    return [batches[k % len(batches)] for k in range(rank, -(-len(batches) // world) * world, world)]
+
+
+class EncodedBatches(Dataset[Batch]):
+    """Makes the batch that a list of indices names.
+
+    Args:
+        store: the samples.
+        processor: the encoder of pictures and texts.
+        seed: draws the reference that is the label, with epoch and index; None takes the first reference.
+    """
+
+    def __init__(self, store: SampleStore, processor: Processor, seed: int | None = None) -> None:
+        self.store, self.processor, self.seed = store, processor, seed
+
+    def __getitem__(self, item: tuple[int, list[int]]) -> Batch:
+        """Return the batch of ``(epoch, indices)``; samples with a broken picture are left out where that is asked.
+
+        Raises:
+            ValueError: a picture is broken and refused, or all of the batch are.
+        """
+        epoch, indices = item
+        samples, labels = [], []
+        for index in indices:
+            sample = self.store.load(index)
+            if sample is not None:
+                samples.append(sample)
+                labels.append(self._label(sample.references, epoch, index))
+        if not samples:
+            last = "; ".join(self.store.bad.messages[-len(indices) :])
+            raise ValueError(f"every picture of a batch is broken, restore the shards: {last}")
+        images = [sample.image for sample in samples if sample.image is not None]
+        batch: Batch = dict(self.processor(images=images, text=[sample.prompt for sample in samples]))
+        batch["labels"] = self.processor.labels(labels)
+        for name in ("sample_id", "cluster", "references", "level", "prompt"):
+            batch[name] = [getattr(sample, name) for sample in samples]
+        return batch
+
+    def _label(self, references: list[str], epoch: int, index: int) -> str:
+        if self.seed is None or len(references) == 1:
+            return references[0]
+        return random.Random(f"{self.seed}/{epoch}/{index}").choice(references)
+
+
+class BatchLoader:
+    """Iterates over a plan of batches; Lightning saves and restores where it stands.
+
+    Args:
+        dataset: makes batches of indices.
+        plan: epoch -> this rank's batches; equally many in every epoch and on every rank.
+        num_workers: processes that make batches; 0 makes them here.
+        name: what the plan depends on, as one text; a state of another plan is refused in mid-epoch.
+    """
+
+    def __init__(self, dataset: EncodedBatches, plan: Plan, num_workers: int = 0, name: str = "") -> None:
+        self.dataset, self.plan, self.num_workers, self.name = dataset, plan, num_workers, name
+        self.epoch = 0
+        self._length = len(plan(0))
+        self._at = (0, 0)  # epoch and number of its batches handed out
+        self._resumed = False
+        # Lightning calls `loader.batch_sampler.sampler.set_epoch` before each epoch, as on a DistributedSampler.
+        self.batch_sampler = _EpochSetter(self)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: nothing runs before the first batch is asked for, when Lightning, which makes the iterator
+        # earlier, has said which epoch it is.
+        epoch = self.epoch
+        first = self._at[1] if self._resumed and self._at[0] == epoch else 0
+        self._resumed = False
+        items = [(epoch, indices) for indices in self.plan(epoch)][first:]
+        for k, batch in enumerate(self._made(items), start=first + 1):
+            self._at = (epoch, k)
+            yield batch
+
+    def _made(self, items: list[tuple[int, list[int]]]) -> Iterator[Batch]:
+        if self.num_workers == 0:
+            return (self.dataset[item] for item in items)
+        # batch_size=None: an item names a whole batch already.
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_size=None,
+                sampler=items,  # type: ignore[arg-type]
+                num_workers=self.num_workers,
+                collate_fn=_as_it_is,
+            )
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch comes next."""
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, the number of its batches handed out, and the plan's name."""
+        return {"epoch": self._at[0], "batch": self._at[1], "plan": self.name}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues after the last batch that was handed out, when its epoch is asked for next.
+
+        Raises:
+            ValueError: the state stands in the middle of an epoch of another plan.
+        """
+        if state["plan"] != self.name and 0 < state["batch"] < self._length:
+            raise ValueError(
+                f"the checkpoint was written in mid-epoch with {state['plan']}, this run has {self.name}: resume with "
+                "the same data, seed, batch size and number of devices, or from a checkpoint of an epoch's end"
+            )
+        self._at = (state["epoch"], state["batch"])
+        self._resumed = True
+
+
+class _EpochSetter:
+    def __init__(self, loader: BatchLoader) -> None:
+        self.sampler = loader
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,248 @@
+"""The Lightning data module over WebDataset shards: training, calibration and test data of one task."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property, partial
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_mue.data.loader import BatchLoader, EncodedBatches, Processor, eval_batches, train_batches
+from lightning_mue.data.shards import BadSamples, OnBad, find_shards
+from lightning_mue.data.store import SampleStore, read_samples
+from lightning_mue.data.tasks import STATEMENT_WORDS, Sample, cluster_point, split_of
+from lightning_mue.data.tokenizer import train_tokenizer
+
+
+class ShardsDataModule(LightningDataModule):
+    """Batches of one task from WebDataset shards.
+
+    A batch is a dict: ``pixel_values`` float [B, 3, H, W], ``input_ids`` and ``attention_mask`` [B, S], ``labels``
+    [B, T] (-100 at padding, ended by ``</s>``), and lists of B: ``sample_id``, ``cluster``, ``references``,
+    ``level``, ``prompt``.
+
+    Calibration data never chose a checkpoint: it is the ``holdout`` share of the training pictures, or, with
+    ``holdout`` 0, the part of the validation pictures that is not in the ``select`` share that ``fit`` validates on.
+    Clusters stay whole in every split, and a hash of their name decides, so a split never changes.
+
+    Args:
+        train: a folder (its ``train-*.tar``), a tar, a glob, or a list of these.
+        val: likewise (``val-*.tar``).
+        task: "vqa", "statement", "caption" or "reading".
+        test: likewise (``test-*.tar``); the validation data when not given.
+        batch_size: training samples a batch and device.
+        eval_batch_size: samples a batch otherwise; the composition of these batches knows no number of devices.
+        image_size: pictures are resized to this many pixels a side.
+        image_tokens: tokens that the backbone makes of a picture.
+        vocab_size: most tokens of the tokenizer, which is trained on the training texts.
+        holdout: share of the training pictures kept out of training, for calibration.
+        select: share of the validation pictures that ``fit`` validates on when ``holdout`` is 0.
+        calibration_limit: most calibration samples (whole clusters, chosen by hash); None takes all.
+        questions_per_picture: most samples of a picture, chosen by hash; None takes all.
+        memory_limit_mb: pictures of a split stay decoded in memory until they fill this (10^6 bytes).
+        num_workers: processes that make batches; 0 makes them in the training process.
+        seed: decides the order of training and the splits.
+        on_bad: "raise" refuses broken shards and samples, "skip" leaves them out and counts them.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str],
+        task: str,
+        test: str | list[str] | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int = 32,
+        image_size: int = 64,
+        image_tokens: int = 4,
+        vocab_size: int = 1000,
+        holdout: float = 0.0,
+        select: float = 0.3,
+        calibration_limit: int | None = None,
+        questions_per_picture: int | None = None,
+        memory_limit_mb: float = 1000.0,
+        num_workers: int = 0,
+        seed: int = 0,
+        on_bad: OnBad = "raise",
+    ) -> None:
+        super().__init__()
+        for name, share in (("holdout", holdout), ("select", select)):
+            if not 0 <= share < 1:
+                raise ValueError(f"`{name}` must be a share in [0, 1), got {share}")
+        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "image_size": image_size}
+        limits = {"calibration_limit": calibration_limit, "questions_per_picture": questions_per_picture}
+        for name, number in (counts | limits).items():
+            if number is not None and number < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {number}")
+        # Not for the logger: there it would clash with a module that has a `seed` of its own.
+        self.save_hyperparameters(logger=False)
+        self.bad = BadSamples(on_bad)
+        self._tokenizer_json: str | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads what the stage needs, so that missing or broken data shows here."""
+        if stage in (None, "fit"):
+            _ = self.tokenizer_json, self.train_samples, self.selection_samples
+        if stage in (None, "validate"):
+            _ = self.calibration_samples
+        if stage in ("test", "predict"):
+            _ = self.test_samples
+
+    @cached_property
+    def train_samples(self) -> SampleStore:
+        """The samples that train."""
+        return self._part(self._train, "held out", False, "train") if self.hparams["holdout"] else self._train
+
+    @cached_property
+    def selection_samples(self) -> SampleStore:
+        """What ``fit`` validates on."""
+        return self._val if self.hparams["holdout"] else self._part(self._val, "select", True, "selection")
+
+    @cached_property
+    def calibration_samples(self) -> SampleStore:
+        """What every other run validates on: samples that no training and no choice of a checkpoint has seen."""
+        if self.hparams["holdout"]:
+            samples = self._part(self._train, "held out", True, "calibration")
+        else:
+            samples = self._part(self._val, "select", False, "calibration")
+        limit = self.hparams["calibration_limit"]
+        return samples if limit is None else _limited(samples, limit, f"{self.hparams['seed']}/limit")
+
+    @cached_property
+    def test_samples(self) -> SampleStore:
+        """What ``test`` and ``predict`` run on."""
+        return self._val if self.hparams["test"] is None else self._read("test")
+
+    def split_of(self, cluster: str) -> str:
+        """Says what a calibration cluster is for: "propose" (30 %) or "certify" (70 %)."""
+        return split_of(cluster, {"propose": 0.3, "certify": 0.7}, f"{self.hparams['seed']}/propose")
+
+    @property
+    def closed_answers(self) -> list[str] | None:
+        """The only answers there are to statements; None where answers are free."""
+        return list(STATEMENT_WORDS) if self.hparams["task"] == "statement" else None
+
+    @property
+    def calibration_fingerprint(self) -> str:
+        """SHA-256 over ids, prompts and references of the calibration data in order of id."""
+        digest = hashlib.sha256()
+        for sample in sorted(self.calibration_samples.samples, key=lambda sample: sample.sample_id):
+            digest.update(repr((sample.sample_id, sample.cluster, sample.prompt, sample.references)).encode())
+        return digest.hexdigest()
+
+    @property
+    def tokenizer_json(self) -> str:
+        """The tokenizer: the checkpoint's, or trained on the training texts on first use."""
+        if self._tokenizer_json is None:
+            samples = self.train_samples.samples
+            texts = [text for sample in samples for text in (sample.prompt, *sample.references)]
+            self._tokenizer_json = train_tokenizer(texts, self.hparams["vocab_size"])
+        return self._tokenizer_json
+
+    @cached_property
+    def processor(self) -> Processor:
+        """Turns pictures and texts into tensors and back."""
+        return _build_processor(self.tokenizer_json, self.hparams["image_size"], self.hparams["image_tokens"])
+
+    def train_dataloader(self) -> BatchLoader:
+        """Return this rank's share of shuffled samples; the order is a function of (seed, epoch)."""
+        hparams, store = self.hparams, self.train_samples
+        rank, world = self._rank_and_world()
+        shape = {"count": len(store), "batch_size": hparams["batch_size"], "seed": hparams["seed"]}
+        dataset = EncodedBatches(store, self.processor, seed=hparams["seed"])
+
+        def plan(epoch: int) -> list[list[int]]:
+            return train_batches(**shape, epoch=epoch, rank=rank, world=world)
+
+        return BatchLoader(dataset, plan, hparams["num_workers"], name=str(shape | {"world": world}))
+
+    def val_dataloader(self) -> BatchLoader:
+        """Return the selection data inside ``fit``, else the calibration data."""
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        return self._eval_loader(self.selection_samples if fitting else self.calibration_samples)
+
+    def test_dataloader(self) -> BatchLoader:
+        """Return the test data."""
+        return self._eval_loader(self.test_samples)
+
+    def predict_dataloader(self) -> BatchLoader:
+        """Return the test data."""
+        return self._eval_loader(self.test_samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tokenizer's JSON."""
+        return {"tokenizer": self.tokenizer_json}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the tokenizer the checkpoint was trained with."""
+        self._tokenizer_json = state_dict["tokenizer"]
+        self.__dict__.pop("processor", None)  # it may have been built around another tokenizer
+
+    @cached_property
+    def _train(self) -> SampleStore:
+        return self._read("train")
+
+    @cached_property
+    def _val(self) -> SampleStore:
+        return self._read("val")
+
+    def _read(self, split: str) -> SampleStore:
+        hparams = self.hparams
+        return read_samples(
+            find_shards(hparams[split], split),
+            hparams["task"],
+            self.bad,
+            hparams["memory_limit_mb"],
+            hparams["questions_per_picture"],
+            f"{hparams['seed']}/questions",
+        )
+
+    def _part(self, store: SampleStore, share: str, inside: bool, name: str) -> SampleStore:
+        """The clusters inside or outside of the share named "select" or "held out"."""
+        option = "select" if share == "select" else "holdout"
+        salt, part = f"{self.hparams['seed']}/{option}", self.hparams[option]
+        kept = store.where(lambda sample: (cluster_point(sample.cluster, salt) < part) == inside)
+        if not kept.samples:
+            found = len({sample.cluster for sample in store.samples})
+            raise ValueError(
+                f"no {name} data: `{option}` {part} leaves none of {found} pictures; change it or add data"
+            )
+        return kept
+
+    def _eval_loader(self, store: SampleStore) -> BatchLoader:
+        rank, world = self._rank_and_world()
+        ids = [sample.sample_id for sample in store.samples]
+        batches = eval_batches(ids, self.hparams["eval_batch_size"], rank, world)
+        return BatchLoader(EncodedBatches(store, self.processor), lambda epoch: batches, self.hparams["num_workers"])
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+def _limited(store: SampleStore, limit: int, salt: str) -> SampleStore:
+    """Whole clusters in order of hash while they fit, so that more room only ever adds to them."""
+    sizes: dict[str, int] = {}
+    for sample in store.samples:
+        sizes[sample.cluster] = sizes.get(sample.cluster, 0) + 1
+    kept, total = set[str](), 0
+    for cluster in sorted(sizes, key=partial(cluster_point, salt=salt)):
+        if total + sizes[cluster] > limit:
+            break
+        kept.add(cluster)
+        total += sizes[cluster]
+    if not kept:
+        raise ValueError(f"`calibration_limit` = {limit} is less than the samples of one picture: raise it")
+
+    def inside(sample: Sample) -> bool:
+        return sample.cluster in kept
+
+    return store.where(inside)
+
+
+def _build_processor(tokenizer_json: str, image_size: int, image_tokens: int) -> Processor:
+    # Here and not above: reading data needs no transformers.
+    from lightning_mue.backbones.processor import build_processor
+
+    return build_processor(tokenizer_json, image_size, image_tokens)

@@ -1,0 +1,75 @@
+"""The model card of a bundle, written for whoever finds the folder."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from lightning_mue.policy import Certificate, ExitPolicy
+
+
+def model_card(policy: ExitPolicy, name: str, table: str | None, has_processor: bool) -> str:
+    """Return the card as Markdown: the promise, the policy, the comparison, how to use it, what it rests on.
+
+    Args:
+        policy: of the bundle, with its fingerprint.
+        name: of the bundle's folder.
+        table: the comparison as Markdown, or None.
+        has_processor: whether the bundle takes pictures and text, or tensors.
+    """
+    parts = [
+        "---\nlibrary_name: lightning_mue\npipeline_tag: image-text-to-text\ntags:\n- early-exit\n---\n",
+        f"# {name}\n",
+        f"{_promise(policy.certificate)}\n",
+        f"## Policy\n\n{_rules(policy)}\n",
+        f"## Comparison\n\n{table.strip()}\n" if table else "",
+        f"## Use\n\n```python\n{_usage(name, has_processor)}\n```\n",
+        "It loads without Lightning: safetensors and JSON, never pickle. "
+        "Files that are damaged or of another bundle are refused by name.\n",
+        f"## What it rests on\n\n{_provenance(policy)}\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _promise(certificate: Certificate | None) -> str:
+    return certificate.in_words() if certificate else "No certificate: this policy was not calibrated."
+
+
+def _rules(policy: ExitPolicy) -> str:
+    if policy.is_full_depth:
+        return "Full depth: every stream runs all of its layers."
+    lines = ["| stream | signal | leave after layer: if the score is at least |", "| --- | --- | --- |"]
+    for stream, rule in policy.rules.items():
+        exits = ", ".join(
+            f"{layer}: always" if rule.signal == "static" else f"{layer}: {threshold:.4g}"
+            for layer, threshold in zip(rule.layers, rule.thresholds, strict=True)
+            if threshold < math.inf
+        )
+        lines.append(f"| {stream} | {rule.signal} | {exits or 'never'} |")
+    return "\n".join(lines)
+
+
+def _usage(name: str, has_processor: bool) -> str:
+    if has_processor:
+        return (
+            "import lightning_mue as mue\nfrom PIL import Image\n\n"
+            f'engine = mue.load("{name}")\n'
+            'print(engine.answer([Image.open("picture.jpg")], ["your prompt"]))'
+        )
+    return (
+        f'import lightning_mue as mue\n\nengine = mue.load("{name}")\n'
+        "out = engine.generate(**inputs)  # the backbone's own tensors\nprint(out.sequences, out.exit_depths)"
+    )
+
+
+def _provenance(policy: ExitPolicy) -> str:
+    facts: dict[str, object] = {"weights": policy.fingerprint}
+    if certificate := policy.certificate:
+        facts |= {
+            "data": certificate.data_fingerprint,
+            "calibration split": certificate.split_hash,
+            "seed": certificate.seed,
+            "decoding": json.dumps(dict(certificate.decode), sort_keys=True) if certificate.decode else "",
+            "versions": ", ".join(f"{k} {v}" for k, v in sorted(certificate.versions.items())),
+        }
+    return "\n".join(f"* {key}: `{value}`" for key, value in facts.items() if value not in ("", None))

@@ -1,0 +1,126 @@
+"""Freezing: from a model and its policy to a bundle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_mue.backbones import fingerprint, view
+from lightning_mue.backbones.processor import Processor
+from lightning_mue.exits import attached
+from lightning_mue.export.card import model_card
+from lightning_mue.export.manifest import foreign_files, is_bundle, write_manifest
+from lightning_mue.export.model_file import load_files, read_config, save_files
+from lightning_mue.inference.engine import check_policy
+from lightning_mue.policy import ExitPolicy
+
+POLICY = "policy.json"
+PROCESSOR = "processor"
+"""Folder of the processor's files: they have names of their own, which must not meet those of the bundle."""
+
+
+def freeze(
+    model: nn.Module,
+    policy: ExitPolicy,
+    folder: str | os.PathLike[str],
+    processor: Any = None,
+    table: str | None = None,
+) -> Path:
+    """Write a bundle: weights, config, policy, processor and model card; the same inputs give the same bytes.
+
+    The folder appears complete or not at all: it is written aside, read back and renamed.
+
+    Args:
+        model: a supported backbone, with exits attached if the policy needs them; it stays as it is.
+        policy: what the bundle obeys. Its fingerprint must be the model's; None is filled in.
+        folder: where to; a bundle that lies there is replaced, anything else is refused.
+        processor: a Processor, or a transformers processor; without one the bundle takes and gives tensors.
+        table: a comparison for the model card, as Markdown (``lightning_mue.report.table_markdown``).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the policy does not fit the model, or the folder holds something else than a bundle.
+        TypeError: the model has no view, or the processor cannot be saved.
+    """
+    target = Path(folder).resolve()  # a link keeps pointing to what is replaced
+    _check_target(target)
+    check_policy(policy, view(model), attached(model))
+    found = fingerprint(model)
+    if policy.fingerprint not in (None, found):
+        raise ValueError(
+            f"The policy was calibrated for weights with fingerprint {policy.fingerprint}, this model has {found}; "
+            "calibrate again."
+        )
+    policy = replace(policy, fingerprint=found)
+    with _written_aside(target) as aside:
+        save_files(model, aside, found)
+        policy.save(aside / POLICY)
+        if processor is not None:
+            _as_processor(processor).save(aside / PROCESSOR)
+        (aside / "README.md").write_text(model_card(policy, target.name, table, processor is not None), "utf-8")
+        _check_readable(aside)
+        write_manifest(aside)
+    return Path(folder)
+
+
+def _as_processor(processor: Any) -> Processor:
+    if isinstance(processor, Processor):
+        return processor
+    if hasattr(processor, "save_pretrained"):
+        return Processor(processor)
+    raise TypeError(
+        f"`processor` must be a lightning_mue Processor or a transformers processor, got {type(processor).__name__}"
+    )
+
+
+def _check_readable(aside: Path) -> None:
+    """Read the model back: a config that does not describe it must fail here, not where the bundle is used."""
+    try:
+        load_files(aside, read_config(aside))
+    except ValueError as error:
+        raise ValueError(
+            f"The model is not the one its own config describes, so it cannot be rebuilt from a bundle: {error}"
+        ) from error
+
+
+def _check_target(target: Path) -> None:
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir() or not is_bundle(target):
+        raise ValueError(f"{target} exists and is not a bundle; it is left as it is. Name another folder.")
+    if foreign := foreign_files(target):
+        raise ValueError(
+            f"{target} is a bundle that also holds {foreign[0]!r}, which replacing it would delete. "
+            "Move it away or name another folder."
+        )
+
+
+@contextmanager
+def _written_aside(target: Path) -> Iterator[Path]:
+    """Give a new folder beside ``target`` that becomes ``target`` if the block succeeds, and vanishes if not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = (target.with_name(f".{target.name}.{what}.{os.getpid()}") for what in ("new", "old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        if target.exists():
+            target.rename(old)  # a folder cannot be renamed onto a full one
+        try:
+            aside.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""Recording a trace: one full-depth pass sees every exit, then every exit is tried alone.
+
+Shapes: ``B`` samples of a batch, ``T`` steps, ``E`` exits of a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_mue.backbones import StreamState, num_layers, view
+from lightning_mue.exits import attached
+from lightning_mue.inference.encode import stream_scores
+from lightning_mue.inference.engine import ExitEngine, PrefixFn
+from lightning_mue.inference.torch_executor import TorchExecutor
+from lightning_mue.policy import ExitPolicy, ExitRule
+from lightning_mue.trace import StreamTrace, Trace
+
+STREAM_SIGNALS = ("similarity", "gate")
+DECODER_SIGNALS = ("similarity", "gate", "confidence", "margin")
+
+ScoreOf = Callable[[Tensor], Sequence[float]]
+"""Sequences ``[B, 1 + T]`` -> the metric's score of each sample, in [0, 1]."""
+
+
+@torch.inference_mode()
+def record(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    sample_ids: Sequence[str],
+    clusters: Sequence[str],
+    score_of: ScoreOf,
+    max_new_tokens: int | None = None,
+    prefix_fn: PrefixFn | None = None,
+    meta: dict[str, Any] | None = None,
+) -> Trace:
+    """Return the trace of one batch.
+
+    Args:
+        model: a backbone with exits attached.
+        inputs: the backbone's own inputs.
+        sample_ids: ``B`` distinct names.
+        clusters: ``B`` names of the sources.
+        score_of: scores decoded sequences.
+        max_new_tokens: as in ``ExitEngine.generate``.
+        prefix_fn: as in ``ExitEngine.generate``.
+        meta: kept in the trace.
+
+    Raises:
+        ValueError: no exits are attached.
+    """
+    exits = attached(model)
+    if exits is None:
+        raise ValueError("There are no exits to record; call `attach_exits(model, config)` and train them.")
+    signals = [s for s in DECODER_SIGNALS if s != "gate" or exits.config.gate]
+    seen: dict[str, dict[str, list[Tensor]]] = {}
+
+    def on_exit(stream: str, k: int, state: StreamState, before_BTD: Tensor) -> None:
+        if k in exits.layers.get(stream, ()):
+            for signal in STREAM_SIGNALS:
+                if signal in signals:
+                    score_B = stream_scores(exits, signal, stream, k, state, before_BTD)
+                    seen.setdefault(stream, {}).setdefault(signal, []).append(score_B.float().cpu())
+
+    engine = ExitEngine(model, ExitPolicy.full_depth())
+    full, executor = engine.run(max_new_tokens, prefix_fn, False, inputs, on_exit)
+    tokens_BT = full.sequences[:, 1:]
+    layers = num_layers(view(model))
+    streams = {}
+    for name, exit_layers in exits.layers.items():
+        score_at, same_at = _alone(model, name, exit_layers, inputs, full.sequences, score_of, max_new_tokens, prefix_fn)
+        agree = None
+        if name == "decoder":
+            scores, agree = _decoder_scores(executor, exit_layers, signals, tokens_BT)
+        else:
+            scores = {k: torch.stack(v, 1).numpy() for k, v in seen[name].items()}
+        streams[name] = StreamTrace(exit_layers, layers[name], scores, score_at, same_at, agree)
+    return Trace(
+        list(sample_ids),
+        list(clusters),
+        np.asarray(score_of(full.sequences), dtype=np.float64),
+        (full.exit_depths["decoder"] > 0).sum(1).numpy(),
+        streams,
+        dict(meta or {}),
+    )
+
+
+def _decoder_scores(
+    executor: TorchExecutor, layers: Sequence[int], signals: Sequence[str], tokens_BT: Tensor
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return signal -> scores ``[B, T, E]`` and agreement ``[B, T, E]``, from the states of a full-depth decode."""
+    scores: dict[str, list[Tensor]] = {s: [] for s in signals}
+    agree = []
+    everyone = slice(None)
+    for position in range(tokens_BT.shape[1]):
+        for k in layers:
+            logits_BV = executor.exit_logits(k, everyone, position)
+            agree.append((logits_BV.argmax(-1) == tokens_BT[:, position]).cpu())
+            for signal in signals:
+                scores[signal].append(executor.scores(signal, k, everyone, position, logits_BV).float().cpu())
+    shape = (tokens_BT.shape[0], tokens_BT.shape[1], len(layers))
+    stacked = {s: torch.stack(v, 1).reshape(shape).numpy() for s, v in scores.items()}
+    return stacked, torch.stack(agree, 1).reshape(shape).numpy()
+
+
+def _alone(
+    model: nn.Module,
+    stream: str,
+    layers: Sequence[int],
+    inputs: dict[str, Any],
+    full: Tensor,
+    score_of: ScoreOf,
+    max_new_tokens: int | None,
+    prefix_fn: PrefixFn | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Leave one stream always at each of its exits: metric scores ``[B, E]`` and equality with full depth ``[B, E]``."""
+    scores, same = [], []
+    for k in layers:
+        engine = ExitEngine(model, ExitPolicy({stream: ExitRule.static(k)}))
+        sequences = engine.generate(max_new_tokens, prefix_fn, **inputs).sequences
+        scores.append(np.asarray(score_of(sequences), dtype=np.float64))
+        same.append(equal_rows(sequences, full, engine.backbone.decode_settings(None).pad_id).cpu().numpy())
+    return np.stack(scores, 1), np.stack(same, 1)
+
+
+def equal_rows(a_BT: Tensor, b_BT: Tensor, pad_id: int) -> Tensor:
+    """Return ``[B]``: two batches of sequences hold the same tokens, whatever their padded lengths."""
+    length = max(a_BT.shape[1], b_BT.shape[1])
+    pad = lambda t: torch.nn.functional.pad(t, (0, length - t.shape[1]), value=pad_id)  # noqa: E731
+    return (pad(a_BT) == pad(b_BT)).all(1)

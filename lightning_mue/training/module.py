@@ -1,0 +1,183 @@
+"""MultiExitModule: a backbone with exits, trained with deep supervision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_mue.backbones import backbone_config, build_backbone, view
+from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached
+from lightning_mue.inference import ExitEngine
+from lightning_mue.metrics.answers import AnswerScore
+from lightning_mue.policy import ExitPolicy
+from lightning_mue.training.depths import sample_depths
+from lightning_mue.training.losses import Weighting
+from lightning_mue.training.objective import Objective, objective, supervise
+from lightning_mue.training.supervised import IGNORE
+
+Batch = dict[str, Any]
+
+
+class MultiExitModule(L.LightningModule):
+    """Trains all exits of a vision-language model together.
+
+    Batches hold the backbone's own inputs and ``labels [B, T]`` (-100 at padding); see ``ShardsDataModule``.
+
+    Args:
+        backbone: a folder or hub name, a config as a mapping with ``model_type`` (random weights), or a module.
+        exits: which layers become exits.
+        learning_rate: peak of AdamW's; warms up linearly, then falls along a cosine to 0.
+        weight_decay: of AdamW, on matrices.
+        warmup_steps: of the learning rate.
+        weighting: of the decoder exits' losses: ``avg+last`` (DEED), ``sum`` (MuE), ``linear`` (CALM).
+        early_probability: that a vision or encoder stream is left at a random exit in a step.
+        early_after: share of the training after which that begins.
+        gate_weight: weight of the gates' loss; their inputs are detached, so they cost the backbone nothing.
+        attention: how training computes attention: ``eager`` (fastest under bf16 on CPUs) or ``sdpa``; evaluation always
+            uses ``sdpa``.
+        seed: of the sampled depths.
+    """
+
+    def __init__(
+        self,
+        backbone: str | dict[str, Any] | nn.Module,
+        exits: ExitConfig | dict[str, Any],
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 100,
+        weighting: Weighting = "avg+last",
+        early_probability: float = 0.25,
+        early_after: float = 0.3,
+        gate_weight: float = 1.0,
+        attention: Literal["eager", "sdpa"] = "sdpa",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model: Any = build_backbone(backbone)
+        config = exits if isinstance(exits, ExitConfig) else ExitConfig(**exits)
+        self.save_hyperparameters(ignore=["backbone", "exits"])
+        # Plain values only: checkpoints are read with weights_only=True.
+        self.save_hyperparameters({"backbone": backbone_config(self.model), "exits": config.to_dict()})
+        attach_exits(self.model, config)
+        self.backbone = view(self.model)
+        self.policy = ExitPolicy.full_depth()
+        self._score = AnswerScore("exact_match")
+        self._depths: dict[str, list[Tensor]] = {}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Deep supervision; some steps leave the vision and encoder streams early."""
+        progress = self.trainer.global_step / max(1, self._total_steps)
+        early = self.hparams.early_probability if progress >= self.hparams.early_after else 0.0
+        depths = sample_depths(self.exits.layers, early, self.hparams.seed, self.trainer.global_step)
+        losses: Objective = objective(
+            self.backbone,
+            self.exits,
+            batch,
+            batch["labels"],
+            depths,
+            self.hparams.weighting,
+            self.hparams.gate_weight,
+        )
+        self.log("train/loss", losses.total)
+        self.log("train/loss_full_depth", losses.by_exit[self.backbone.decoder.num_layers], prog_bar=True)
+        self.log("train/gates", losses.gates)
+        return losses.total
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log quality at every exit: ``val/<stream>_<layer>/exact`` is the share of answers that are wholly right.
+
+        Greedy decoding gives the reference exactly if every teacher-forced arg-max along it is right, so nothing needs
+        to be decoded. ``val/exact`` and ``val/loss`` are full depth.
+        """
+        size = len(batch["labels"])
+        options: dict[str, Mapping[str, int]] = {"": {}}
+        for stream, layers in self.exits.layers.items():
+            options |= {f"{stream}_{k}/": {stream: k} for k in layers if stream != "decoder"}
+        for name, depths in options.items():
+            results, _, _ = supervise(self.backbone, self.exits, batch, batch["labels"], depths)
+            last = max(results)
+            for k, result in results.items():
+                if k != last and name:
+                    continue
+                prefix = name if k == last else f"decoder_{k}/"
+                exact = _all_right(result.tokens_N, batch["labels"]).float().mean()
+                on_bar = prefix == ""
+                self.log(f"val/{prefix}loss", result.loss, batch_size=size, sync_dist=True)
+                self.log(f"val/{prefix}exact", exact, batch_size=size, sync_dist=True, prog_bar=on_bar)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Decode under ``self.policy`` and log exact match and mean exit depths."""
+        output = self._engine().generate(**batch)
+        texts = self.trainer.datamodule.processor.decode(output.sequences[:, 1:])  # type: ignore[attr-defined]
+        self._score.update(texts, batch["references"])
+        self.log("test/exact_match", self._score, batch_size=len(texts))
+        for stream, depth in output.exit_depths.items():
+            self.log(f"test/depth_{stream}", depth[depth > 0].float().mean(), batch_size=len(texts), sync_dist=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Decode under ``self.policy``; one mapping per sample with ``sample_id``, ``prompt`` and ``answer``."""
+        output = self._engine().generate(**batch)
+        texts = self.trainer.datamodule.processor.decode(output.sequences[:, 1:])  # type: ignore[attr-defined]
+        return [
+            {"sample_id": i, "prompt": p, "answer": t}
+            for i, p, t in zip(batch["sample_id"], batch["prompt"], texts, strict=True)
+        ]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; decay on matrices alone; linear warm-up and cosine."""
+        decayed = [p for p in self.parameters() if p.ndim >= 2 and p.requires_grad]
+        others = [p for p in self.parameters() if p.ndim < 2 and p.requires_grad]
+        groups = [
+            {"params": decayed, "weight_decay": self.hparams.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams.learning_rate, betas=(0.9, 0.98))
+        warmup, total = self.hparams.warmup_steps, self._total_steps
+
+        def rate(step: int) -> float:
+            rise = min(1.0, (step + 1) / max(1, warmup))
+            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        """Use the attention that trains fastest."""
+        self.model.set_attn_implementation(self.hparams.attention)
+
+    def on_validation_model_eval(self) -> None:
+        """Evaluate with the attention that inference uses."""
+        super().on_validation_model_eval()
+        self.model.set_attn_implementation("sdpa")
+
+    def on_validation_model_train(self) -> None:
+        """Go back to the training attention."""
+        super().on_validation_model_train()
+        self.model.set_attn_implementation(self.hparams.attention)
+
+    @property
+    def exits(self) -> Exits:
+        """The exits, a submodule of the backbone (a property, so that they are registered once)."""
+        exits = attached(self.model)
+        assert exits is not None
+        return exits
+
+    @property
+    def _total_steps(self) -> int:
+        return int(self.trainer.estimated_stepping_batches)
+
+    def _engine(self) -> ExitEngine:
+        return ExitEngine(self.model, self.policy, check_fingerprint=False)
+
+
+def _all_right(tokens_N: Tensor, labels_BT: Tensor) -> Tensor:
+    """Return ``[B]``: every counted position of the row is right."""
+    counts = labels_BT != IGNORE
+    right_BT = torch.ones_like(counts)
+    right_BT[counts] = tokens_N == labels_BT[counts]
+    return right_BT.all(1)

@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+
+from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
+from lightning_mue.policy import ExitPolicy
+
+
+def example():
+    decoder = DecoderLatency((1, 2, 4), (1.0, 1.5, 2.0), 0.3, 2.0, {"gate": 0.05})
+    return LatencyTable({"vision": StreamLatency(5.0, 1.0, {"gate": 0.1})}, decoder, "laptop", 2)
+
+
+def test_round_trip(tmp_path):
+    example().save(tmp_path / "latency.json")
+    assert LatencyTable.load(tmp_path / "latency.json") == example()
+
+
+def test_cost_of_a_block_is_interpolated():
+    cost = example().decoder.layer_cost(np.array([0, 1, 2, 3, 4, 9]))
+    assert cost.tolist() == [0.0, 1.0, 1.5, 1.75, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema": 1, "dec', "latency.json is not JSON"),
+        ("", "latency.json is not JSON"),
+        ("[]", "latency.json must be a latency table of schema 1"),
+        ('{"schema": 7}', "latency.json must be a latency table of schema 1"),
+        (ExitPolicy.full_depth().to_json(), "latency.json must hold a latency table; an entry is missing or wrong"),
+        ('{"schema": 1, "streams": {}, "decoder": {}, "device": ""}', "latency.json must hold a latency table"),
+    ],
+)
+def test_truncated_or_foreign_files_are_refused(tmp_path, text, message):
+    (tmp_path / "latency.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        LatencyTable.load(tmp_path / "latency.json")
