@@ -21,7 +21,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[MultiExitModule, Proc
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "hyper_parameters" not in checkpoint:
         raise ValueError(f"{path} must be a Lightning checkpoint of a MultiExitModule")
-    module = MultiExitModule.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+    module = MultiExitModule.load_from_checkpoint(Path(path), map_location="cpu", weights_only=True).eval()
     data = checkpoint.get("ShardsDataModule")
     if data is None:
         return module, None

@@ -55,12 +55,12 @@ def _quickstart(args: Sequence[str]) -> None:
     parser = _parser("quickstart")
     parser.add_argument("--out", default="quickstart", help="folder for data, checkpoint, bundle and report")
     parser.add_argument("--keep", type=float, default=0.98, help="fraction of full-depth quality to keep")
-    parser.add_argument("--max-seconds", type=float, default=None, help="of training; the recipe's if not given")
+    parser.add_argument("--steps", type=int, default=None, help="of training; the recipe's if not given")
     parser.add_argument("--seed", type=int, default=0)
     found = parser.parse_args(args)
     from lightning_mue.quickstart import quickstart
 
-    quickstart(Path(found.out), found.keep, found.seed, found.max_seconds)
+    quickstart(Path(found.out), found.keep, found.seed, found.steps)
 
 
 def _freeze(args: Sequence[str]) -> None:
@@ -135,5 +135,3 @@ def _data(args: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main()
-
-

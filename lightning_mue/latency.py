@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_mue.policy import write_text
+from lightning_mue.files import write_text
 
 SCHEMA = 1
 

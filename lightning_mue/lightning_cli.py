@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -41,10 +42,11 @@ class MueTrainer(L.Trainer):
             metric: ``exact_match``, ``accuracy`` or ``consistency``; likewise.
             confidence_level: of the promise; likewise.
         """
-        ours = [c for c in self.callbacks if isinstance(c, CalibrateExits)]
+        callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
+        ours = [c for c in callbacks if isinstance(c, CalibrateExits)]
         if not ours:
             ours = [CalibrateExits()]
-            self.callbacks.append(ours[0])
+            callbacks.append(ours[0])
         for callback in ours:
             for name, value in (("keep", keep), ("metric", metric), ("confidence_level", confidence_level)):
                 if value is not None:
@@ -63,7 +65,18 @@ class MueCLI(LightningCLI):
         return LightningCLI.subcommands() | {"calibrate": hidden}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--policy``."""
+        """Add ``--policy``, and checkpoints in ``trainer.default_root_dir``: ``best.ckpt`` and ``last.ckpt``."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "best",
+                "checkpoint.monitor": "val/exact",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath")
         parser.add_argument("--policy", type=str | None, default=None, help="policy.json that test and predict obey")
 
     def before_instantiate_classes(self) -> None:
@@ -84,10 +97,10 @@ class MueCLI(LightningCLI):
         rank_zero_info(f"Policy: {self.model.policy.depths_in_words()}")
 
 
-def run(args: Sequence[str] | ArgsType = None) -> None:
+def run(args: Sequence[str] | ArgsType = None) -> MueCLI:
     """Run LightningCLI on ``args`` (subcommand first)."""
     given = None if args is None or list(args) == sys.argv[1:] else list(args)  # type: ignore[arg-type]
-    MueCLI(
+    return MueCLI(
         MultiExitModule,
         ShardsDataModule,
         trainer_class=MueTrainer,

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_mue.files import write_text
+
 SCHEMA = 1
 
 SIGNAL_RANGES: dict[str, tuple[float, float]] = {
@@ -23,7 +25,7 @@ SIGNAL_RANGES: dict[str, tuple[float, float]] = {
     "gate": (0.0, 1.0),
     "static": (0.0, 1.0),
 }
-"""Every signal and the range of its scores; higher = safer to leave. ``static`` always scores 1: it makes a fixed depth."""
+"""Every signal and the range of its scores; higher = safer. ``static`` always scores 1: it makes a fixed depth."""
 
 KV_FILLS = ("just-in-time",)
 
@@ -96,8 +98,8 @@ class Certificate:
         }.get(self.metric, f"keeps at least {self.keep:.1%} of the full-depth {self.metric.replace('_', ' ')}")
         if self.kind == "certified":
             text = (
-                f"With {self.confidence_level:.0%} confidence over the draw of the calibration data, this policy {what} "
-                f"on new data from the same source (n = {self.n} samples in {self.clusters} clusters, "
+                f"With {self.confidence_level:.0%} confidence over the draw of the calibration data, this policy "
+                f"{what} on new data from the same source (n = {self.n} samples in {self.clusters} clusters, "
                 f"p = {self.p_value:.2g}, {self.method})."
             )
         elif self.kind == "full depth":
@@ -216,12 +218,3 @@ class ExitPolicy:
 def chain_hash(policies: list[ExitPolicy]) -> str:
     """Return the hash of an ordered chain of policies, stored before the first of them is tested."""
     return hashlib.sha256("".join(p.to_json() for p in policies).encode()).hexdigest()[:16]
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` to ``path`` through a temporary file beside it and a rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

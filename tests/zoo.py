@@ -74,7 +74,11 @@ def florence2_inputs(batch: int, seed: int = 0, prompt: int = 6) -> dict[str, Te
 
 
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
-    "florence2": (tiny_florence2, florence2_inputs, {"vision": [1, 2, 3], "encoder": [1, 2, 3], "decoder": [1, 2, 3, 4]}),
+    "florence2": (
+        tiny_florence2,
+        florence2_inputs,
+        {"vision": [1, 2, 3], "encoder": [1, 2, 3], "decoder": [1, 2, 3, 4]},
+    ),
 }
 
 

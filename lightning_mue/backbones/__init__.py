@@ -1,7 +1,7 @@
 """Views of supported models as streams of layers; the only folder that knows transformers and open_clip."""
 
 from lightning_mue.backbones.load import backbone_config, build_backbone, fingerprint
-from lightning_mue.backbones.stream import Backbone, DecodeSettings, DecoderStream, EncoderStream, StreamState
+from lightning_mue.backbones.stream import Backbone, DecoderStream, DecodeSettings, EncoderStream, StreamState
 from lightning_mue.backbones.stream import num_layers as num_layers
 from lightning_mue.backbones.view import view
 

@@ -34,8 +34,8 @@ class BartDecoderStream:
         head: the vocabulary head.
     """
 
-    def __init__(self, decoder: nn.Module, head: nn.Module) -> None:
-        self._decoder: Any = decoder
+    def __init__(self, decoder: Any, head: nn.Module) -> None:
+        self._decoder = decoder
         self._head = head
         config = self._decoder.config
         self.num_layers = len(self._decoder.layers)

@@ -1,4 +1,4 @@
-"""Pictures and prompts in, tensors out, and back to text: a transformers processor with what training needs beside it."""
+"""Pictures and prompts in, tensors out, and back to text: a transformers processor and what training needs."""
 
 from __future__ import annotations
 

@@ -112,11 +112,21 @@ class DecodeSettings:
 class Backbone(Protocol):
     """A model seen as streams."""
 
-    model: nn.Module
-    encoders: Sequence[EncoderStream]
-    decoder: DecoderStream
-    generate_inputs: tuple[str, ...]
-    """Names of the tensors that ``generate`` reads."""
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+
+    @property
+    def encoders(self) -> Sequence[EncoderStream]:
+        """The streams before the decoder, in the order they run."""
+
+    @property
+    def decoder(self) -> DecoderStream:
+        """The decoder."""
+
+    @property
+    def generate_inputs(self) -> tuple[str, ...]:
+        """Names of the tensors that ``generate`` reads."""
 
     def memory_mask(self, inputs: Inputs) -> Tensor | None:
         """Return the additive mask ``[B, 1, 1, S]`` of the decoder's cross-attention, or None."""

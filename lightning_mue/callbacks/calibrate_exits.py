@@ -28,8 +28,8 @@ class CalibrateExits(L.Callback):
 
     In ``validate`` and ``mue calibrate``: records the *propose* part of the validation data at full depth, measures a
     latency table, simulates all policies, fixes a chain from safe to bold, and tests it in order by decoding the
-    *certify* part. Writes ``policy.json`` beside the checkpoint. Inside ``fit`` it only simulates, on a few samples, and
-    logs; that policy is marked uncertified, for that data chooses the checkpoint.
+    *certify* part. Writes ``policy.json`` beside the checkpoint. Inside ``fit`` it only simulates, on a few samples,
+    and logs; that policy is marked uncertified, for that data chooses the checkpoint.
 
     Args:
         keep: fraction of the full-depth metric to keep, or for ``consistency`` of outputs to leave unchanged.
@@ -158,7 +158,8 @@ class CalibrateExits(L.Callback):
         return LatencyTable.from_json(text, str(path))
 
     def _certify(self, trainer: L.Trainer, model: Any) -> ExitPolicy:
-        assert self._journal is not None and self.trace is not None and self.proposal is not None
+        assert self._journal is not None
+        assert self.proposal is not None
         clusters = dict(gather(sorted(self._clusters.items())))
         if not clusters:
             raise ValueError("There is no validation data to certify on; give `val` data or a `holdout`.")
@@ -202,6 +203,3 @@ def _announce(tested: Tested) -> None:
     verdict = "passes" if tested.accepted else "fails"
     words = tested.candidate.policy.depths_in_words()
     rank_zero_info(f"p = {tested.result.p:.3g} {verdict}: {words} ({tested.candidate.ms:.2f} ms predicted)")
-
-
-

@@ -14,7 +14,9 @@ from lightning_mue.inference.record import record
 from lightning_mue.trace import Trace
 
 
-def open_journal(trainer: L.Trainer, model: Any, metric: str, max_new_tokens: int | None, folder: str | None) -> Journal:
+def open_journal(
+    trainer: L.Trainer, model: Any, metric: str, max_new_tokens: int | None, folder: str | None
+) -> Journal:
     """Return the journal of a calibration of this model on the trainer's data."""
     settings = view(model).decode_settings(max_new_tokens)
     datamodule = getattr(trainer, "datamodule", None)
@@ -23,7 +25,7 @@ def open_journal(trainer: L.Trainer, model: Any, metric: str, max_new_tokens: in
         "decode": dict(settings.plain),
         "answers": list(getattr(datamodule, "closed_answers", None) or []),
         "metric": metric,
-        "data": getattr(datamodule, "calibration_fingerprint", "") if not trainer.state.fn == "fit" else "select",
+        "data": getattr(datamodule, "calibration_fingerprint", "") if trainer.state.fn != "fit" else "select",
     }
     return Journal(folder or Path(trainer.default_root_dir) / "calibration", key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -45,7 +46,7 @@ class SplitDecoder:
     def __call__(self, policy: ExitPolicy) -> Decoded:
         """Decode the split under ``policy``; full depth must come first."""
         engine = ExitEngine(self._model, policy, check_fingerprint=False)
-        loader = self._trainer.val_dataloaders
+        loader: Any = self._trainer.val_dataloaders
         words = policy.depths_in_words()
         batches = track(
             loader,
@@ -57,7 +58,7 @@ class SplitDecoder:
             batch = rows_of(batch, in_split(self._trainer, batch, "certify"))
             if batch["sample_id"]:
                 parts = [policy.to_json(), batch["sample_id"]]
-                mine.append(self._journal.piece("decoded", parts, lambda b=batch: self._decode(engine, b)))
+                mine.append(self._journal.piece("decoded", parts, partial(self._decode, engine, batch)))
         rows = [row for piece in gather(mine) for row in piece["rows"]]
         if policy.is_full_depth:
             self._full_tokens = {row["id"]: row["tokens"] for row in rows}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_mue.policy import write_text
+from lightning_mue.files import write_text
 from lightning_mue.trace import Trace
 
 

@@ -8,7 +8,7 @@ from lightning_mue.exits.config import AdapterKind
 
 
 class Adapter(nn.Module):
-    """``h + f(h)`` with ``f`` zero at the start, so that a new exit is the plain shared head (DEED's adaptation module).
+    """``h + f(h)`` with ``f`` zero at the start, so that a new exit is the plain shared head (DEED's adapters).
 
     Args:
         kind: ``bottleneck`` (norm, down, GELU, up) or ``linear``.

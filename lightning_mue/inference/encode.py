@@ -1,4 +1,4 @@
-"""The streams before the decoder at inference: every sample leaves at its own layer, rows that left are compacted away."""
+"""The streams before the decoder at inference: every sample leaves at its own layer; rows are compacted."""
 
 from __future__ import annotations
 

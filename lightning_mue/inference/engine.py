@@ -118,7 +118,7 @@ class ExitEngine:
         inputs: dict[str, Any],
         on_exit: OnExit | None = None,
     ) -> tuple[ExitOutput, TorchExecutor]:
-        """``generate``, returning the executor too: its states, and what ``on_exit`` sees, are what a trace is made of."""
+        """``generate``, returning the executor too: a trace is made of its states and of what ``on_exit`` sees."""
         inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
         settings = self.backbone.decode_settings(max_new_tokens)
         watch = Stopwatch(next(self.model.parameters()).device, timings)
@@ -184,7 +184,9 @@ def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) ->
         if rule.signal == "gate" and (exits is None or not exits.config.gate):
             raise ValueError(f"The policy's signal for {stream!r} is 'gate', but no gates are attached.")
         if rule.signal in NEEDS_LOGITS and stream != "decoder":
-            raise ValueError(f"Signal {rule.signal!r} needs logits; stream {stream!r} has none. Use gate or similarity.")
+            raise ValueError(
+                f"Signal {rule.signal!r} needs logits; stream {stream!r} has none. Use gate or similarity."
+            )
 
 
 def _as_tensors(record: DecodeRecord, start_id: int, pad_id: int) -> tuple[Tensor, Tensor]:

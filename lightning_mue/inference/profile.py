@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_mue.backbones import Backbone, view
+from lightning_mue.backbones import Backbone, StreamState, view
 from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.encode import encode, stream_scores
 from lightning_mue.inference.record import DECODER_SIGNALS, STREAM_SIGNALS
@@ -20,6 +22,8 @@ from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
 
 BLOCK_SIZES = (1, 2, 4, 8, 16)
+
+Pieces = dict[str, Callable[[], object]]
 
 
 @torch.inference_mode()
@@ -62,32 +66,39 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU"
 
 
-def _stream_pieces(
-    backbone: Backbone, exits: Exits | None, inputs: dict[str, Any]
-) -> dict[str, Callable[[], object]]:
-    pieces: dict[str, Callable[[], object]] = {}
+def _stream_pieces(backbone: Backbone, exits: Exits | None, inputs: dict[str, Any]) -> Pieces:
+    pieces: Pieces = {}
     before = None
     for stream in backbone.encoders:
         state = stream.prologue(inputs, before)
-        name, middle, first = stream.name, (stream.num_layers + 1) // 2, state.h_BTD
-        pieces[f"{name}.prologue"] = lambda stream=stream, before=before: stream.prologue(inputs, before)
-        pieces[f"{name}.layer"] = lambda stream=stream, state=state, k=middle: stream.layer(k, state)
-        pieces[f"{name}.epilogue"] = lambda stream=stream, h=first: stream.epilogue(h)
-        layers = exits.layers.get(name, ()) if exits is not None else ()
-        for signal in STREAM_SIGNALS if layers else ():
-            if signal != "gate" or (exits is not None and exits.config.gate):
-                pieces[f"{name}.{signal}"] = lambda signal=signal, name=name, k=layers[0], state=state, h=first: bool(
-                    (stream_scores(exits, signal, name, k, state, h) >= 0.5).any()
-                )
+        name, first = stream.name, state.h_BTD
+        pieces[f"{name}.prologue"] = partial(stream.prologue, inputs, before)
+        pieces[f"{name}.layer"] = partial(stream.layer, (stream.num_layers + 1) // 2, replace(state))
+        pieces[f"{name}.epilogue"] = partial(stream.epilogue, first)
+        for signal in _signals(exits, name, STREAM_SIGNALS):
+            k = exits.layers[name][0] if exits is not None else 0
+            pieces[f"{name}.{signal}"] = partial(_decide, exits, signal, name, k, replace(state), first)
         for k in range(1, stream.num_layers + 1):
             state.h_BTD = stream.layer(k, state)
         before = stream.epilogue(state.h_BTD)
     return pieces
 
 
+def _decide(exits: Exits | None, signal: str, stream: str, k: int, state: StreamState, before_BTD: Tensor) -> bool:
+    """One exit decision, the wait for the device included."""
+    return bool((stream_scores(exits, signal, stream, k, state, before_BTD) >= 0.5).any())
+
+
+def _signals(exits: Exits | None, stream: str, signals: Sequence[str]) -> list[str]:
+    """Return the signals that can be measured on this stream's exits."""
+    if exits is None or not exits.layers.get(stream):
+        return []
+    return [s for s in signals if s != "gate" or exits.config.gate]
+
+
 def _decoder_pieces(
     backbone: Backbone, exits: Exits | None, inputs: dict[str, Any], max_new_tokens: int | None
-) -> dict[str, Callable[[], object]]:
+) -> Pieces:
     settings = backbone.decode_settings(max_new_tokens)
     silent = Stopwatch(torch.device("cpu"), False)
     memory_BSD = encode(backbone, exits, inputs, {}, silent).memory_BSD
@@ -99,23 +110,21 @@ def _decoder_pieces(
     for layer in range(1, executor.num_layers + 1):
         executor.run_layer(layer, [0], 0, steps)
     at, layer = steps - 1, (executor.num_layers + 1) // 2
-    pieces: dict[str, Callable[[], object]] = {
-        "decoder.embed": lambda: executor.embed([0], at, [settings.start_id]),
-        "decoder.head": lambda: executor.choose({executor.num_layers: [0]}, at),
-        "decoder.memory": lambda: backbone.decoder.memory_kv(layer, memory_BSD),
+    pieces: Pieces = {
+        "decoder.embed": partial(executor.embed, [0], at, [settings.start_id]),
+        "decoder.head": partial(executor.choose, {executor.num_layers: [0]}, at),
+        "decoder.memory": partial(backbone.decoder.memory_kv, layer, memory_BSD),
     }
     for m in BLOCK_SIZES:
         if m <= steps:
-            first = max(0, at + 1 - m)
-            pieces[f"decoder.layer{m}"] = lambda m=m, first=first: executor.run_layer(layer, [0], first, first + m)
-    exit_layers = exits.layers.get("decoder", ()) if exits is not None else ()
-    for signal in DECODER_SIGNALS if exit_layers else ():
-        if signal != "gate" or (exits is not None and exits.config.gate):
-            pieces[f"decoder.{signal}"] = lambda signal=signal, k=exit_layers[0]: executor.score(signal, k, [0], at)
+            pieces[f"decoder.layer{m}"] = partial(executor.run_layer, layer, [0], steps - m, steps)
+    for signal in _signals(exits, "decoder", DECODER_SIGNALS):
+        k = exits.layers["decoder"][0] if exits is not None else 0
+        pieces[f"decoder.{signal}"] = partial(executor.score, signal, k, [0], at)
     return pieces
 
 
-def _time(pieces: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+def _time(pieces: Pieces, repeats: int, device: torch.device) -> dict[str, float]:
     """Return name -> median milliseconds; pieces take turns, so that drift of the machine hits all alike."""
     samples: dict[str, list[float]] = {name: [] for name in pieces}
     for turn in range(repeats + 3):

@@ -72,7 +72,9 @@ def record(
     layers = num_layers(view(model))
     streams = {}
     for name, exit_layers in exits.layers.items():
-        score_at, same_at = _alone(model, name, exit_layers, inputs, full.sequences, score_of, max_new_tokens, prefix_fn)
+        score_at, same_at = _alone(
+            model, name, exit_layers, inputs, full.sequences, score_of, max_new_tokens, prefix_fn
+        )
         agree = None
         if name == "decoder":
             scores, agree = _decoder_scores(executor, exit_layers, signals, tokens_BT)
@@ -117,7 +119,7 @@ def _alone(
     max_new_tokens: int | None,
     prefix_fn: PrefixFn | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Leave one stream always at each of its exits: metric scores ``[B, E]`` and equality with full depth ``[B, E]``."""
+    """Leave one stream always at each of its exits: metric scores and equality with full depth, each ``[B, E]``."""
     scores, same = [], []
     for k in layers:
         engine = ExitEngine(model, ExitPolicy({stream: ExitRule.static(k)}))

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lightning_mue.calibration import Candidate, Proposal, Tested
+from lightning_mue.calibration import Proposal, Tested
 from lightning_mue.calibration.losses import tolerance_of
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.report.svg import BAD, GOOD, INK, LINE, MUTED, PAPER, Label, place_labels
@@ -30,20 +30,23 @@ def draw_frontier(figure: Figure, proposal: Proposal, tests: Sequence[Tested], p
     """
     axes = figure.subplots()
     measured = [used_of(test, proposal) for test in tests]
-    shown = [min(c.used, _BEYOND) for c in (*proposal.chain, *proposal.statics)] + [min(u, _BEYOND) for u in measured]
-    low, top = min(0.0, *shown), min(max(1.2, *shown), _BEYOND)
+    shown = [min(u, _BEYOND) for u in [*(c.used for c in (*proposal.chain, *proposal.statics)), *measured]]
+    low, top = min(0.0, *shown), max(1.2, *shown)
     axes.set_ylim(low - 0.08 * (top - low), top + 0.06 * (top - low))
     times = [c.ms for c in (*proposal.frontier, *proposal.chain, *proposal.statics)]
-    axes.set_xlim(
-        min(times) - 0.07 * (max(times) - min(times)) - 1e-9, max(times) + 0.1 * (max(times) - min(times)) + 1e-9
-    )
+    span = max(max(times) - min(times), 0.05 * max(times))
+    axes.set_xlim(min(times) - 0.07 * span, max(times) + 0.1 * span)
     _frame(axes, "share of the allowed loss that is used", "predicted ms per sample")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.axhspan(1.0, axes.get_ylim()[1], color=BAD, alpha=0.07, linewidth=0)
     axes.axhline(1.0, color=BAD, linewidth=1)
-    marks, labels = _marks(axes, proposal, tests, measured, policy, top)
+    frontier = sorted(proposal.frontier, key=lambda c: c.ms)
+    axes.plot([c.ms for c in frontier], [c.used for c in frontier], ".-", color=LINE, linewidth=1, markersize=4)
+    labels = [*_draw_chain(axes, proposal, tests, measured, policy, top), *_draw_statics(axes, proposal, policy, top)]
+    marks = [(c.ms, min(c.used, top)) for c in (*proposal.chain, *proposal.statics)]
+    marks += [(test.candidate.ms, min(used, top)) for test, used in zip(tests, measured, strict=True)]
+    labels.sort(key=lambda label: not label.bold)
     left, right = axes.get_xlim()
-    labels.append(Label("more than the promise allows", right, 1.0, BAD))
     place_labels(axes, labels, marks, [(left, right, 1.0)])
 
 
@@ -82,48 +85,41 @@ def draw_measured(figure: Figure, rows: Sequence[Row], quality: str) -> None:
     place_labels(axes, labels, points, lines)
 
 
-def _marks(
-    axes: Axes,
-    proposal: Proposal,
-    tests: Sequence[Tested],
-    measured: Sequence[float],
-    policy: ExitPolicy,
-    top: float,
-) -> tuple[list[tuple[float, float]], list[Label]]:
-    """Draw all candidates; return their points and labels, the most important first."""
-    hollow = {"markerfacecolor": PAPER, "linestyle": "none", "markersize": 5.5}
-    frontier = sorted(proposal.frontier, key=lambda c: c.ms)
-    axes.plot([c.ms for c in frontier], [c.used for c in frontier], ".-", color=LINE, linewidth=1, markersize=4)
-    labels: list[Label] = []
-    marks: list[tuple[float, float]] = []
+def _draw_statics(axes: Axes, proposal: Proposal, policy: ExitPolicy, top: float) -> list[Label]:
+    """Draw full depth and every fixed depth; return their names."""
+    labels = []
     for static in proposal.statics:
-        x, y, form = static.ms, min(static.used, top), "D" if static.policy.is_full_depth else "s"
-        form = "^" if static.used > top else form
-        axes.plot(x, y, form, color=INK if static.policy.is_full_depth else MUTED, zorder=3, **hollow)
-        is_full = static.policy.is_full_depth
-        labels.append(Label(_name(static), x, y, INK if is_full else MUTED, bold=is_full, optional=not is_full))
-        marks.append((x, y))
-    for candidate in proposal.chain:
-        marks.append((candidate.ms, min(candidate.used, top)))
-        axes.plot(*marks[-1], "o", color=GOOD, zorder=4, **hollow)
-    for test, used in zip(tests, measured, strict=True):
-        x, y, color = test.candidate.ms, min(used, top), GOOD if test.accepted else BAD
-        axes.plot([x, x], [min(test.candidate.used, top), y], color=color, linewidth=1, zorder=3)
-        axes.plot(x, y, "o" if test.accepted else "X", color=color, markersize=6, markeredgewidth=0, zorder=5)
-        marks.append((x, y))
-        if test.candidate.policy.rules == policy.rules:
+        x, y, is_full = static.ms, min(static.used, top), static.policy.is_full_depth
+        form, color = ("D", INK) if is_full else ("^" if static.used > top else "s", MUTED)
+        axes.plot(x, y, form, color=color, markerfacecolor=PAPER, markersize=5.5, zorder=3)
+        name = static.policy.depths_in_words().replace(": static", "")
+        if is_full and policy.is_full_depth:
+            name, color = f"{name}, chosen", GOOD
+        labels.append(Label(name, x, y, color, bold=is_full, optional=not is_full))
+    return labels
+
+
+def _draw_chain(
+    axes: Axes, proposal: Proposal, tests: Sequence[Tested], measured: Sequence[float], policy: ExitPolicy, top: float
+) -> list[Label]:
+    """Draw the links of the chain, predicted and measured; return what became of them."""
+    labels = []
+    for i, candidate in enumerate(proposal.chain):
+        x, y, color = candidate.ms, min(candidate.used, top), GOOD
+        axes.plot(x, y, "o", color=GOOD, markerfacecolor=PAPER, markersize=5.5, zorder=4)
+        accepted = tests[i].accepted if i < len(tests) else None
+        if accepted is not None:
+            predicted, y, color = y, min(measured[i], top), GOOD if accepted else BAD
+            axes.plot([x, x], [predicted, y], color=color, linewidth=1, zorder=3)
+            axes.plot(x, y, "o" if accepted else "X", color=color, markersize=6, markeredgewidth=0, zorder=5)
+        if candidate.policy.rules == policy.rules:
             axes.plot(x, y, "o", color=GOOD, markerfacecolor="none", markersize=12, markeredgewidth=1.5, zorder=5)
-            labels.insert(0, Label("chosen", x, y, GOOD, bold=True, optional=False))
-        elif not test.accepted:
-            labels.insert(0, Label("rejected", x, y, BAD, bold=True, optional=False))
-    if len(tests) < len(proposal.chain):
-        first = proposal.chain[len(tests)]
-        labels.insert(0, Label("not tested", first.ms, min(first.used, top), GOOD))
-    return marks, sorted(labels, key=lambda label: not label.bold)
-
-
-def _name(candidate: Candidate) -> str:
-    return candidate.policy.depths_in_words().replace(": static", "")
+            labels.append(Label("chosen", x, y, GOOD, bold=True, optional=False, gap=1.5))
+        elif accepted is False:
+            labels.append(Label("rejected", x, y, BAD, bold=True, optional=False))
+        elif accepted is None and i == len(tests):
+            labels.append(Label("not tested", x, y, GOOD))
+    return labels
 
 
 def _frame(axes: Axes, title: str, below: str) -> None:

@@ -10,20 +10,24 @@ from pathlib import Path
 import numpy as np
 
 from lightning_mue.calibration import Proposal, Tested
-from lightning_mue.policy import ExitPolicy, write_text
+from lightning_mue.files import write_text
+from lightning_mue.policy import ExitPolicy
 from lightning_mue.report.depths import Depths, draw_histograms, draw_levels
 from lightning_mue.report.frontier import draw_frontier, draw_measured
 from lightning_mue.report.style import CSS
 from lightning_mue.report.svg import Draw, inline_svg
-from lightning_mue.report.table import Row, promise, quality_name, ratio_text, table_cells
+from lightning_mue.report.table import Row, is_measured, promise, quality_name, ratio_text, table_cells
 
 _KEY = {
     '<circle cx="6" cy="6" r="4" fill="none" stroke="var(--good)" stroke-width="1.5"/>': "proposed, as predicted",
     '<circle cx="6" cy="6" r="4.5" fill="var(--good)"/>': "tested and accepted, as measured",
     '<path d="M2 2 10 10M10 2 2 10" stroke="var(--bad)" stroke-width="3"/>': "tested and rejected, as measured",
     '<rect x="2" y="2" width="8" height="8" fill="none" stroke="var(--muted)" stroke-width="1.5"/>': "a fixed depth",
-    '<path d="M6 1.5 11 10H1Z" fill="none" stroke="var(--muted)" stroke-width="1.5"/>': "far above the promise",
+    '<path d="M6 1.5 11 10H1Z" fill="none" stroke="var(--muted)" stroke-width="1.5"/>': "beyond the picture",
     '<path d="M6 1 11 6 6 11 1 6Z" fill="none" stroke="var(--ink)" stroke-width="1.5"/>': "full depth",
+    '<path d="M0 0H12V11H0Z" fill="var(--bad)" fill-opacity=".15"/><path d="M0 11H12" stroke="var(--bad)"/>': (
+        "more than the promise allows"
+    ),
 }
 
 
@@ -33,6 +37,7 @@ def write_html(
     rows: Sequence[Row],
     policy: ExitPolicy,
     *,
+    quality: str | None = None,
     proposal: Proposal | None = None,
     tests: Sequence[Tested] = (),
     depths: Depths | None = None,
@@ -48,6 +53,7 @@ def write_html(
         title: of the page.
         rows: the table; the one marked ``chosen`` is set off.
         policy: the one chosen, with its certificate.
+        quality: what the quality is called; default: the metric of the promise.
         proposal: what was proposed.
         tests: what was tested of it.
         depths: stream name -> exit depths, ``[n]``, or ``[n, T]`` for the decoder (0 at steps not taken).
@@ -62,7 +68,7 @@ def write_html(
     Raises:
         ValueError: depths and levels of different numbers of samples.
     """
-    sections = [_promise(policy), _headline(rows), _measured(rows, policy)]
+    sections = [_promise(policy), _headline(rows), _measured(rows, quality or quality_name(policy.certificate))]
     if proposal is not None:
         sections.append(_frontier(proposal, tests, policy))
     if depths:
@@ -108,10 +114,9 @@ def _headline(rows: Sequence[Row]) -> str:
     return f'<dl class="headline">{items}</dl>' if items else ""
 
 
-def _measured(rows: Sequence[Row], policy: ExitPolicy) -> str:
+def _measured(rows: Sequence[Row], quality: str) -> str:
     if not rows:
         return ""
-    quality = quality_name(policy.certificate)
     headers, cells = table_cells(rows, quality)
     kinds = [' class="text"' if header in ("variant", "note") else "" for header in headers]
     head = "".join(f"<th{kind}>{escape(text)}</th>" for kind, text in zip(kinds, headers, strict=True))
@@ -121,10 +126,10 @@ def _measured(rows: Sequence[Row], policy: ExitPolicy) -> str:
         lines.append(f'<tr class="chosen">{tds}</tr>' if row.chosen else f"<tr>{tds}</tr>")
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
     caption = (
-        '<p class="small">Same weights, same samples, greedy decoding, one run in turn. Time ratio: median over samples '
-        "of the time on the same sample in the same turn, ± half the interquartile range over repeats.</p>"
+        '<p class="small">Same weights, same samples, greedy decoding, one run in turn. Time ratio: median over '
+        "samples of the time on the same sample in the same turn, ± half the interquartile range over repeats.</p>"
     )
-    plotted = [row for row in rows if row.quality is not None and row.p50_ms is not None]
+    plotted = [row for row in rows if is_measured(row.quality) and is_measured(row.p50_ms)]
     if len(plotted) > 1:
         label = f"{quality} against milliseconds per sample; the numbers are in the table"
         caption += _figure(
@@ -137,14 +142,16 @@ def _frontier(proposal: Proposal, tests: Sequence[Tested], policy: ExitPolicy) -
     svgs = "".join(f'<li><svg viewBox="0 0 12 12" aria-hidden="true">{s}</svg>{text}</li>' for s, text in _KEY.items())
     accepted = sum(test.accepted for test in tests)
     tested = (
-        f"{len(tests)} of the {len(proposal.chain)} proposed policies were decoded for real on samples not used before, "
-        f"from safe to bold; {accepted} passed and the first failure ends the test."
+        f"{len(tests)} of the {len(proposal.chain)} proposed policies were decoded for real on samples not used "
+        f"before, from safe to bold; {accepted} passed and the first failure ends the test. Rejected means not proven: "
+        "such a mark may lie under the line."
         if tests
         else f"{len(proposal.chain)} policies were proposed; none was tested."
     )
     caption = (
-        "Left is faster, low is closer to the full-depth model; the line marks the most the promise allows. "
-        f"{tested} A mark joined to another shows how far the prediction was off. Thin line: the best of all candidates."
+        "Left is faster, low is closer to the full-depth model; at 100% the promise is only just kept. "
+        f"{tested} A mark joined to another shows how far the prediction was off. "
+        "Thin line: the best of all candidates."
     )
     figure = _figure(
         lambda figure, _: draw_frontier(figure, proposal, tests, policy),
@@ -206,7 +213,8 @@ def _ceiling(ceiling: Row) -> str:
         facts.append(f"a quality of {ceiling.quality:.3f}")
     text = (
         f"If everything left at its first exit: {', '.join(facts)}. No policy over these exits can be faster; what "
-        f"always runs (embeddings, the parts before and after the exits, the vocabulary head) takes the rest. {ceiling.note}"
+        "always runs (embeddings, the parts before and after the exits, the vocabulary head) takes the rest. "
+        f"{ceiling.note}"
     )
     return f"<h2>The ceiling</h2><p>{escape(text.strip())}</p>"
 

@@ -18,7 +18,8 @@ INK, MUTED, LINE, GOOD, BAD, PAPER = "#010203", "#040506", "#070809", "#0a0b0c",
 
 _VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", GOOD: "good", BAD: "bad", PAPER: "paper"}
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -65,7 +66,10 @@ def inline_svg(draw: Draw, name: str, label: str, wide: tuple[float, float], nar
 
 @dataclass(frozen=True)
 class Label:
-    """A text beside a point, in data coordinates; an optional one is left out where there is no room."""
+    """A text beside a point, in data coordinates; an optional one is left out where there is no room.
+
+    ``gap`` scales its distance from the point.
+    """
 
     text: str
     x: float
@@ -73,6 +77,7 @@ class Label:
     color: str = INK
     bold: bool = False
     optional: bool = True
+    gap: float = 1.0
 
 
 # Offsets in points and alignments, the preferred ones first.
@@ -105,9 +110,9 @@ def place_labels(
     figure = axes.figure
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # the layout decides where things are
-    spots = axes.transData.transform(marks) if marks else []
+    spots: Any = axes.transData.transform(marks) if marks else []
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
-    ends = axes.transData.transform([(x, y) for a, b, y in lines for x in (a, b)]) if lines else []
+    ends: Any = axes.transData.transform([(x, y) for a, b, y in lines for x in (a, b)]) if lines else []
     taken += [Bbox.from_extents(a[0], a[1] - 1, b[0], b[1] + 1) for a, b in zip(ends[::2], ends[1::2], strict=True)]
     room = axes.get_window_extent().padded(2)
     for label in labels:
@@ -118,7 +123,7 @@ def place_labels(
             text = axes.annotate(
                 label.text,
                 (label.x, label.y),
-                (dx, dy),
+                (dx * label.gap, dy * label.gap),
                 textcoords="offset points",
                 ha=across,
                 va=up,
@@ -142,7 +147,9 @@ def _for_page(svg: str, form: str, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.S)
-    svg = re.sub(r"<g id=\"[^\"]*\">", "<g>", svg)  # these ids would repeat from picture to picture
+    used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", svg))
+    # Other ids would repeat from picture to picture; those used hold a hash of the picture's name.
+    svg = re.sub(r" id=\"([^\"]*)\"", lambda found: found.group() if found.group(1) in used else "", svg)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.S)
     svg = re.sub(r"font: ((?:\d+ )?[\d.]+px) [^;\"]*", r"font: \1 var(--sans)", svg)
     for color, variable in _VARIABLES.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from lightning_mue.policy import Certificate
 
-NOTHING = "–"
+NOTHING = "-"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ class Row:
 
 
 def print_table(
-    rows: Sequence[Row], certificate: Certificate | None, title: str, console: Console | None = None
+    rows: Sequence[Row],
+    certificate: Certificate | None,
+    title: str,
+    quality: str | None = None,
+    console: Console | None = None,
 ) -> None:
     """Print the table and, below it, the promise in plain words.
 
@@ -50,10 +55,11 @@ def print_table(
         rows: in the order to print.
         certificate: of the chosen policy, or None.
         title: above the table.
+        quality: what the quality is called; default: the metric of the promise.
         console: default: standard output.
     """
     console = console or Console()
-    headers, cells = table_cells(rows, quality_name(certificate), joined=True)
+    headers, cells = table_cells(rows, quality or quality_name(certificate), joined=True)
     table = Table(
         title=title,
         title_justify="left",
@@ -66,7 +72,7 @@ def print_table(
         is_text = header in ("variant", "note")
         # Headers may break at their spaces; numbers never: a narrow console takes the room from the note.
         longest = max(map(len, [*header.split(), *(line[len(table.columns)] for line in cells)]))
-        width = longest if not is_text else min(longest, 20) if header == "variant" else None
+        width = longest if not is_text else min(longest, 16) if header == "variant" else None
         table.add_column(header, justify="left" if is_text else "right", min_width=width)
     for row, line in zip(rows, cells, strict=True):
         table.add_row(*line, style="bold" if row.chosen else None)
@@ -74,9 +80,9 @@ def print_table(
     console.print(promise(certificate), highlight=False)
 
 
-def table_markdown(rows: Sequence[Row], certificate: Certificate | None = None) -> str:
-    """Return the table as Markdown, the chosen row in bold; the certificate only names the column of quality."""
-    headers, cells = table_cells(rows, quality_name(certificate))
+def table_markdown(rows: Sequence[Row], quality: str = "quality") -> str:
+    """Return the table as Markdown, the chosen row in bold; ``quality`` is the header of that column."""
+    headers, cells = table_cells(rows, quality)
     lines = ["| " + " | ".join(headers) + " |"]
     lines.append("| " + " | ".join("---" if h in ("variant", "note") else "---:" for h in headers) + " |")
     for row, line in zip(rows, cells, strict=True):
@@ -103,7 +109,7 @@ def table_cells(rows: Sequence[Row], quality: str, joined: bool = False) -> tupl
     }
     depths = {s: [_number(row.depths.get(s), "{:.1f}") for row in rows] for s in streams}
     if joined and streams:
-        columns[f"depth: {' / '.join(streams)}"] = [" / ".join(of_row) for of_row in zip(*depths.values(), strict=True)]
+        columns[f"depth: {'/ '.join(streams)}"] = ["/".join(of_row) for of_row in zip(*depths.values(), strict=True)]
     else:
         columns |= {f"{stream} depth": texts for stream, texts in depths.items()}
     columns["note"] = [row.note for row in rows]
@@ -130,5 +136,10 @@ def promise(certificate: Certificate | None) -> str:
     return certificate.in_words() if certificate else "No certificate: this policy was not calibrated."
 
 
+def is_measured(value: float | None) -> bool:
+    """Whether there is a number; the mean of no scores is not one."""
+    return value is not None and math.isfinite(value)
+
+
 def _number(value: float | None, form: str) -> str:
-    return NOTHING if value is None else form.format(value)
+    return form.format(value) if is_measured(value) else NOTHING

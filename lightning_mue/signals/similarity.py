@@ -9,7 +9,8 @@ from torch import Tensor
 def similarity(h_BTD: Tensor, before_BTD: Tensor, valid_BT: Tensor | None = None) -> Tensor:
     """Return the mean cosine between a layer's states and those of the layer before, over each sample's own tokens.
 
-    MuE (CVPR 2023, section 3.2) compares whole flattened batches; here every sample is judged alone and padding is masked.
+    MuE (CVPR 2023, section 3.2) compares whole flattened batches; here every sample is judged alone,
+    its padding masked.
 
     Args:
         h_BTD: states after layer k.

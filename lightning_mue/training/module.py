@@ -38,8 +38,8 @@ class MultiExitModule(L.LightningModule):
         early_probability: that a vision or encoder stream is left at a random exit in a step.
         early_after: share of the training after which that begins.
         gate_weight: weight of the gates' loss; their inputs are detached, so they cost the backbone nothing.
-        attention: how training computes attention: ``eager`` (fastest under bf16 on CPUs) or ``sdpa``; evaluation always
-            uses ``sdpa``.
+        attention: how training computes attention: ``eager`` (fastest under bf16 on CPUs) or ``sdpa``; evaluation
+            always uses ``sdpa``.
         seed: of the sampled depths.
     """
 
@@ -72,16 +72,16 @@ class MultiExitModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Deep supervision; some steps leave the vision and encoder streams early."""
         progress = self.trainer.global_step / max(1, self._total_steps)
-        early = self.hparams.early_probability if progress >= self.hparams.early_after else 0.0
-        depths = sample_depths(self.exits.layers, early, self.hparams.seed, self.trainer.global_step)
+        early = self.hparams["early_probability"] if progress >= self.hparams["early_after"] else 0.0
+        depths = sample_depths(self.exits.layers, early, self.hparams["seed"], self.trainer.global_step)
         losses: Objective = objective(
             self.backbone,
             self.exits,
             batch,
             batch["labels"],
             depths,
-            self.hparams.weighting,
-            self.hparams.gate_weight,
+            self.hparams["weighting"],
+            self.hparams["gate_weight"],
         )
         self.log("train/loss", losses.total)
         self.log("train/loss_full_depth", losses.by_exit[self.backbone.decoder.num_layers], prog_bar=True)
@@ -133,11 +133,11 @@ class MultiExitModule(L.LightningModule):
         decayed = [p for p in self.parameters() if p.ndim >= 2 and p.requires_grad]
         others = [p for p in self.parameters() if p.ndim < 2 and p.requires_grad]
         groups = [
-            {"params": decayed, "weight_decay": self.hparams.weight_decay},
+            {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
             {"params": others, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams.learning_rate, betas=(0.9, 0.98))
-        warmup, total = self.hparams.warmup_steps, self._total_steps
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=(0.9, 0.98))
+        warmup, total = self.hparams["warmup_steps"], self._total_steps
 
         def rate(step: int) -> float:
             rise = min(1.0, (step + 1) / max(1, warmup))
@@ -148,7 +148,7 @@ class MultiExitModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Use the attention that trains fastest."""
-        self.model.set_attn_implementation(self.hparams.attention)
+        self.model.set_attn_implementation(self.hparams["attention"])
 
     def on_validation_model_eval(self) -> None:
         """Evaluate with the attention that inference uses."""
@@ -158,7 +158,7 @@ class MultiExitModule(L.LightningModule):
     def on_validation_model_train(self) -> None:
         """Go back to the training attention."""
         super().on_validation_model_train()
-        self.model.set_attn_implementation(self.hparams.attention)
+        self.model.set_attn_implementation(self.hparams["attention"])
 
     @property
     def exits(self) -> Exits:

@@ -80,9 +80,7 @@ def objective(
     return Objective(deep + gate_weight * gates + idle, gates.detach(), by_exit)
 
 
-def _decoder_gates(
-    exits: Exits, results: Mapping[int, ExitResult], states: list[Tensor], labels_BT: Tensor
-) -> Tensor:
+def _decoder_gates(exits: Exits, results: Mapping[int, ExitResult], states: list[Tensor], labels_BT: Tensor) -> Tensor:
     """Mean gate loss over the decoder's exits; the target is "the last layer chooses the same token"."""
     last = results[max(results)].tokens_N
     losses = [

@@ -1,4 +1,4 @@
-"""Invariants 3, 4 and 5: forced exits are static models, just-in-time K/V is exact, rows do not depend on each other."""
+"""Invariants 3, 4 and 5: forced exits are static models, just-in-time K/V is exact, rows are independent."""
 
 import math
 
@@ -160,7 +160,10 @@ def test_just_in_time_keys_are_those_of_full_depth(name):
             both = same & reached & (out.exit_depths["decoder"][row] >= layer)
             for mine, theirs in ((executor._keys, deep._keys), (executor._values, deep._values)):
                 torch.testing.assert_close(
-                    mine[layer, row, :, : len(same)][:, both], theirs[layer, row, :, : len(same)][:, both], rtol=1e-4, atol=1e-4
+                    mine[layer, row, :, : len(same)][:, both],
+                    theirs[layer, row, :, : len(same)][:, both],
+                    rtol=1e-4,
+                    atol=1e-4,
                 )
 
 

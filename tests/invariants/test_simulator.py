@@ -1,0 +1,92 @@
+"""Invariant 7: while tokens agree, the simulator says exactly what the engine does."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_mue.calibration.simulate import simulate
+from lightning_mue.inference import ExitEngine
+from lightning_mue.inference.record import record
+from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
+from lightning_mue.policy import ExitPolicy, ExitRule
+from tests import zoo
+
+SIGNAL_MS = {"gate": 0.1, "similarity": 0.1, "confidence": 0.4, "margin": 0.4}
+LATENCY = LatencyTable(
+    {name: StreamLatency(1.0, 0.5, SIGNAL_MS) for name in ("vision", "encoder")},
+    DecoderLatency((1, 4), (1.0, 2.0), 0.3, 0.7, SIGNAL_MS),
+)
+
+
+@pytest.fixture(scope="module", params=list(zoo.BACKBONES))
+def traced(request):
+    model = zoo.make(request.param, seed=1)
+    tensors = zoo.inputs(request.param, 24)
+    ids = [f"s{i:02d}" for i in range(24)]
+    trace = record(model, tensors, ids, ids, lambda s: [float(len(set(r.tolist())) % 2) for r in s])
+    return request.param, model, tensors, trace
+
+
+@pytest.mark.parametrize("signal", ["gate", "similarity", "confidence", "margin"])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_depths_and_pairs(traced, signal, share):
+    name, model, tensors, trace = traced
+    layers = zoo.exit_layers(name)["decoder"]
+    scores = trace.streams["decoder"].scores[signal]
+    steps = np.arange(scores.shape[1])[None, :] < trace.lengths[:, None]
+    thresholds = [float(np.quantile(scores[..., e][steps], 1 - share)) for e in range(len(layers))]
+    policy = ExitPolicy({"decoder": ExitRule(signal, layers, thresholds)})
+    out = ExitEngine(model, policy).generate(**tensors)
+    full = ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors)
+    found = simulate(trace, policy, LATENCY)
+    agreeing = 0
+    for row in range(24):
+        length = int(trace.lengths[row])
+        same = out.sequences[row, 1 : length + 1].tolist() == full.sequences[row, 1 : length + 1].tolist()
+        assert bool(found.same[row]) == same
+        # Depths are right up to and including the first token that differs.
+        until = next((t + 1 for t in range(length) if out.sequences[row, t + 1] != full.sequences[row, t + 1]), length)
+        assert found.depths["decoder"][row, :until].tolist() == out.exit_depths["decoder"][row, :until].tolist()
+        if same:
+            agreeing += 1
+            alone = {k: v[row : row + 1] for k, v in tensors.items()}
+            assert found.pairs[row] == ExitEngine(model, policy).generate(**alone).pairs
+    assert share > 0.1 or agreeing > 0
+
+
+def test_encoder_depths(traced):
+    name, model, tensors, trace = traced
+    for stream in ("vision", "encoder"):
+        layers = zoo.exit_layers(name)[stream]
+        for signal in ("gate", "similarity"):
+            scores = trace.streams[stream].scores[signal]
+            rule = ExitRule(signal, layers, [float(np.median(scores[:, e])) for e in range(len(layers))])
+            policy = ExitPolicy({stream: rule})
+            out = ExitEngine(model, policy).generate(**tensors)
+            found = simulate(trace, policy, LATENCY)
+            assert found.depths[stream].tolist() == out.exit_depths[stream].tolist()
+            full = ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors).sequences
+            width = max(full.shape[1], out.sequences.shape[1])
+            pad = [torch.nn.functional.pad(s, (0, width - s.shape[1])) for s in (full, out.sequences)]
+            assert found.same.tolist() == (pad[0] == pad[1]).all(1).tolist()
+
+
+def test_another_batch_size_records_the_same(traced):
+    """Invariant 9: scores agree to float noise whatever the batches were."""
+    _, model, tensors, trace = traced
+    ids = [f"s{i:02d}" for i in range(24)]
+    parts = []
+    for first in range(0, 24, 5):
+        rows = {k: v[first : first + 5] for k, v in tensors.items()}
+        part_ids = ids[first : first + 5]
+        parts.append(record(model, rows, part_ids, part_ids, lambda s: [float(len(set(r.tolist())) % 2) for r in s]))
+    merged = type(trace).merge(parts[::-1])
+    assert merged.sample_ids == trace.sample_ids
+    assert merged.lengths.tolist() == trace.lengths.tolist()
+    for stream, there in trace.streams.items():
+        for signal, values in there.scores.items():
+            here = merged.streams[stream].scores[signal]
+            if stream == "decoder":
+                steps = np.arange(values.shape[1])[None, :, None] < trace.lengths[:, None, None]
+                values, here = values * steps, here[:, : values.shape[1]] * steps
+            np.testing.assert_allclose(here, values, atol=2e-5)
