@@ -136,7 +136,7 @@ class MultiExitModule(L.LightningModule):
             {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
             {"params": others, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=(0.9, 0.98), fused=True)
         warmup, total = self.hparams["warmup_steps"], self._total_steps
 
         def rate(step: int) -> float:
