@@ -43,7 +43,7 @@ def quickstart(out: Path, keep: float, seed: int, steps: int | None) -> None:
     for split, count in PICTURES.items():
         write_scenes(shards, count, seed, split, mix=MIX)
     recipe = str(resources.files("lightning_mue.recipes") / "quickstart.yaml")
-    common = ["-c", recipe, "--data.train", str(shards), "--data.val", str(shards), "--data.test", str(shards)]
+    common = ["-c", recipe, "--data.train", str(shards), "--data.test", str(shards)]
     common += ["--trainer.default_root_dir", str(out), "--seed_everything", str(seed)]
     limit = [] if steps is None else ["--trainer.max_steps", str(steps)]
     say("mue fit: training a small Florence-2 with exits in vision tower, encoder and decoder")

@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lightning_mue.callbacks.batches import rows_of
+from lightning_mue.callbacks.batches import single
 from lightning_mue.exits import attached
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.compare import Timing, compare, engine_variant, transformers_variant
@@ -133,10 +133,7 @@ def _singles(batches: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     singles = []
     for index in wanted:
         k = int(np.searchsorted(starts, index, side="right")) - 1
-        row = rows_of(batches[k], [i == index - starts[k] for i in range(sizes[k])])
-        valid = row["attention_mask"][0].bool()
-        row |= {name: row[name][:, valid] for name in ("input_ids", "attention_mask")}
-        singles.append(row)
+        singles.append(single(batches[k], int(index - starts[k])))
     return singles
 
 

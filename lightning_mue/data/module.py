@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -29,7 +30,7 @@ class ShardsDataModule(LightningDataModule):
 
     Args:
         train: a folder (its ``train-*.tar``), a tar, a glob, or a list of these.
-        val: likewise (``val-*.tar``).
+        val: likewise (``val-*.tar``); the folder of ``train`` when not given.
         task: "vqa", "statement", "caption" or "reading".
         test: likewise (``test-*.tar``); the validation data when not given.
         batch_size: training samples a batch and device.
@@ -50,8 +51,8 @@ class ShardsDataModule(LightningDataModule):
     def __init__(
         self,
         train: str | list[str],
-        val: str | list[str],
         task: str,
+        val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 32,
@@ -190,14 +191,21 @@ class ShardsDataModule(LightningDataModule):
 
     def _read(self, split: str) -> SampleStore:
         hparams = self.hparams
+        where = hparams[split] if hparams[split] is not None else self._train_folder()
         return read_samples(
-            find_shards(hparams[split], split),
+            find_shards(where, split),
             hparams["task"],
             self.bad,
             hparams["memory_limit_mb"],
             hparams["questions_per_picture"],
             f"{hparams['seed']}/questions",
         )
+
+    def _train_folder(self) -> str:
+        folder = self.hparams["train"]
+        if isinstance(folder, str) and Path(folder).expanduser().is_dir():
+            return folder
+        raise FileNotFoundError(f"no validation data: `val` is not given and `train` is not a folder but {folder!r}")
 
     def _part(self, store: SampleStore, share: str, inside: bool, name: str) -> SampleStore:
         """The clusters inside or outside of the share named "select" or "held out"."""

@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 def module_of(folder, **options):
     options = {"batch_size": 4, "eval_batch_size": 5, "image_size": 8, "vocab_size": 300} | options
-    return ShardsDataModule(str(folder), str(folder), "vqa", **options)
+    return ShardsDataModule(str(folder), "vqa", **options)
 
 
 class Recorder(LightningModule):
@@ -201,10 +201,10 @@ def test_skipped_samples_are_counted_once_per_split(folder):
 
 def test_missing_or_empty_data_is_refused(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match=r"no val data.*nowhere"):
-        ShardsDataModule(str(folder), "nowhere", "vqa").setup("fit")
+        ShardsDataModule(str(folder), "vqa", "nowhere").setup("fit")
     write_tar(tmp_path / "empty.tar", [])
     with pytest.raises(ValueError, match=r"empty\.tar: there is no sample"):
-        ShardsDataModule(str(folder), str(tmp_path / "empty.tar"), "vqa").setup("validate")
+        ShardsDataModule(str(folder), "vqa", str(tmp_path / "empty.tar")).setup("validate")
     with pytest.raises(ValueError, match="no selection data: `select` 0"):
         module_of(folder, select=0.0).setup("fit")
     for wrong in ({"holdout": 1.0}, {"select": -0.1}, {"batch_size": 0}, {"on_bad": "ignore"}):

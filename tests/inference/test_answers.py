@@ -1,0 +1,37 @@
+"""Closed answer sets: the best answer by likelihood, as the backbone itself scores them."""
+
+import pytest
+import torch
+
+from lightning_mue.inference import ExitEngine
+from lightning_mue.inference.answers import only_answers
+from lightning_mue.policy import ExitPolicy
+from tests import zoo
+
+
+@pytest.mark.parametrize("name", list(zoo.BACKBONES))
+def test_single_token_answers_are_the_most_likely_ones(name):
+    model = zoo.make(name, seed=2)
+    tensors = zoo.inputs(name, 6)
+    answers = [[11], [23], [42]]
+    constraint = only_answers(answers, zoo.END)
+    found = ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors, prefix_allowed_tokens_fn=constraint)
+    scores = []
+    for (token,) in answers:  # OFA's way: the likelihood of every candidate, end token included
+        labels = torch.tensor([[token, zoo.END]]).expand(6, -1)
+        start = torch.tensor([[zoo.START, token]]).expand(6, -1)
+        logits = model(**tensors, decoder_input_ids=start).logits
+        scores.append(logits.log_softmax(-1).gather(2, labels[:, :, None])[:, 0, 0])
+    best = torch.stack(scores).argmax(0)
+    assert found.sequences[:, 1].tolist() == [answers[i][0] for i in best]
+    assert set(found.sequences[:, 2].tolist()) == {zoo.END}
+
+
+def test_answers_of_several_tokens_follow_their_tree():
+    allowed = only_answers([[5, 6], [5, 7, 8], [9]], end_id=3)
+    assert allowed(0, torch.tensor([2])) == [5, 9]
+    assert allowed(0, torch.tensor([2, 5])) == [6, 7]
+    assert allowed(0, torch.tensor([2, 5, 7])) == [8]
+    assert allowed(0, torch.tensor([2, 9])) == [3]
+    with pytest.raises(ValueError, match="at least one token"):
+        only_answers([[5], []], end_id=3)
