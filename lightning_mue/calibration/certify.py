@@ -151,7 +151,13 @@ def certify(
 def uncertified(candidate: Candidate, metric: str, keep: float, confidence_level: float, note: str = "") -> ExitPolicy:
     """Return the candidate's policy marked as simulated only, for use inside training."""
     certificate = Certificate(
-        "uncertified", metric, keep, confidence_level, mean_loss=candidate.risk, score=candidate.score, note=note
+        "uncertified",
+        metric,
+        keep,
+        confidence_level,
+        mean_loss=candidate.risk,
+        score=_or_none(candidate.score),
+        note=note,
     )
     return replace(candidate.policy, certificate=certificate)
 

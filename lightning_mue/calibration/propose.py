@@ -23,6 +23,10 @@ from lightning_mue.trace import Trace
 USED_TARGETS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.1)
 """Where the chain's links lie, as fractions of the allowed loss: the first almost surely passes, the last fails."""
 
+CAUTION = 1.645
+"""Standard errors added to a predicted loss. Of thousands of simulated policies some look harmless by luck, because as
+many answers changed for the better as for the worse; a chain led by one of them would end at its first test."""
+
 _DIGITS = 9  # risks and times that differ by less are ties
 
 
@@ -33,7 +37,8 @@ class Candidate:
     Args:
         policy: with the fingerprint of the trace, without a certificate.
         risk: predicted mean loss over clusters, the number that will be tested.
-        used: the part of the allowed loss it uses: 0 at full depth, 1 where the promise is only just kept.
+        used: the part of the allowed loss it uses, ``CAUTION`` standard errors added: 0 at full depth, 1 where the
+            promise is only just kept.
         ms: predicted milliseconds per sample.
         score: predicted mean metric score over clusters.
         same: predicted fraction of outputs identical to full depth, over clusters.
@@ -83,7 +88,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class _Option:
-    """One rule of one stream and its outcome; ``risk`` and ``ms`` are its shares of the sums over streams."""
+    """One rule of one stream and its outcome; ``risk`` (with caution) and ``ms`` are its shares of the sums."""
 
     rule: ExitRule | None
     outcome: StreamOutcome
@@ -123,7 +128,7 @@ def propose(
     if metric != "consistency" and recorded != metric:
         raise ValueError(f"The trace holds scores of {recorded!r}, the promise is about {metric!r}; collect it again")
     trace = Trace.merge([trace])  # in order of sample id, without repeats
-    weights = _cluster_weights(trace)
+    weights = ClusterMeans(trace.clusters)
     gammas = np.geomspace((1 - keep) / 30, 0.5, dials)
     options = {
         name: [_option(trace, name, rule, latency, metric, weights) for rule in stream_options(trace, name, gammas)]
@@ -137,19 +142,36 @@ def propose(
     return Proposal(chain, frontier, statics, metric, keep, confidence_level)
 
 
-def _cluster_weights(trace: Trace) -> np.ndarray:
-    """Return weights ``[n]`` under which a sum over samples is the mean of the cluster means."""
-    _, index = np.unique(np.asarray(trace.clusters, dtype=str), return_inverse=True)
-    sizes = np.bincount(index)
-    return 1.0 / (len(sizes) * sizes[index])
+class ClusterMeans:
+    """Means over clusters and their standard errors, for one set of samples.
+
+    Args:
+        clusters: name of each sample's cluster, ``n`` of them.
+    """
+
+    def __init__(self, clusters: Sequence[str]) -> None:
+        _, self._index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+        self._sizes = np.bincount(self._index)
+
+    def mean(self, values: np.ndarray) -> float:
+        """Return the mean of the cluster means of ``values``, ``[n]``."""
+        return float(self._means(values).mean())
+
+    def cautious(self, values: np.ndarray) -> float:
+        """Return the mean plus ``CAUTION`` standard errors."""
+        means = self._means(values)
+        return float(means.mean() + CAUTION * means.std() / np.sqrt(len(means)))
+
+    def _means(self, values: np.ndarray) -> np.ndarray:
+        return np.bincount(self._index, weights=values) / self._sizes
 
 
 def _option(
-    trace: Trace, name: str, rule: ExitRule | None, latency: LatencyTable, metric: str, weights: np.ndarray
+    trace: Trace, name: str, rule: ExitRule | None, latency: LatencyTable, metric: str, weights: ClusterMeans
 ) -> _Option:
     outcome = simulate_stream(trace, name, rule, latency)
     harm = ~outcome.same if metric == "consistency" else -outcome.change
-    return _Option(rule, outcome, float((weights * harm).sum()), float(outcome.ms.mean()))
+    return _Option(rule, outcome, weights.cautious(harm), float(outcome.ms.mean()))
 
 
 def _combinations(
@@ -178,7 +200,7 @@ def _statics(options: dict[str, list[_Option]], full: dict[str, _Option]) -> lis
     return choices
 
 
-def _evaluate(trace: Trace, choice: dict[str, _Option], metric: str, keep: float, weights: np.ndarray) -> Candidate:
+def _evaluate(trace: Trace, choice: dict[str, _Option], metric: str, keep: float, weights: ClusterMeans) -> Candidate:
     """Return the candidate with the risk of its actual outcomes, sample by sample (as `simulate` joins them)."""
     same = np.ones(len(trace), dtype=bool)
     change, ms = np.zeros(len(trace)), np.zeros(len(trace))
@@ -186,19 +208,18 @@ def _evaluate(trace: Trace, choice: dict[str, _Option], metric: str, keep: float
         same, change = same & option.outcome.same, change + option.outcome.change
         ms = ms + option.outcome.ms
     score = np.clip(trace.full_score + change, 0.0, 1.0)
-    risk = float((weights * sample_losses(metric, score, trace.full_score, same, keep)).sum())
+    losses = sample_losses(metric, score, trace.full_score, same, keep)
     at_full = sample_losses(metric, trace.full_score, trace.full_score, np.ones_like(same), keep)
-    start = float((weights * at_full).sum())
-    allowed = tolerance_of(metric, keep) - start
+    allowed = tolerance_of(metric, keep) - weights.mean(at_full)
     rules = {name: option.rule for name, option in choice.items() if option.rule is not None}
     depths = {name: _mean_depth(trace, option.outcome.depth) for name, option in choice.items()}
     return Candidate(
         ExitPolicy(rules, fingerprint=trace.meta.get("fingerprint")),
-        risk,
-        (risk - start) / max(allowed, 1e-12),
+        weights.mean(losses),
+        weights.cautious(losses - at_full) / max(allowed, 1e-12),
         float(ms.mean()),
-        float((weights * score).sum()),
-        float((weights * same).sum()),
+        weights.mean(score),
+        weights.mean(same),
         depths,
     )
 
@@ -211,7 +232,7 @@ def _frontier(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the frontier; of equals, the one whose policy comes first as text."""
     by_text = {candidate.policy.to_json(): candidate for candidate in candidates}
     ordered = [by_text[text] for text in sorted(by_text)]
-    risk = np.round([candidate.risk for candidate in ordered], _DIGITS)
+    risk = np.round([candidate.used for candidate in ordered], _DIGITS)
     ms = np.round([candidate.ms for candidate in ordered], _DIGITS)
     return [ordered[i] for i in pareto(risk, ms)]
 
