@@ -18,7 +18,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[MultiExitModule, Proc
     Raises:
         ValueError: the file is not a checkpoint of a MultiExitModule.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # truncated, foreign, or more than plain values: torch raises what it stumbles over
+        raise ValueError(
+            f"{path} must be a Lightning checkpoint of a MultiExitModule that holds weights and plain values; it "
+            f"cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "hyper_parameters" not in checkpoint:
         raise ValueError(f"{path} must be a Lightning checkpoint of a MultiExitModule")
     module = MultiExitModule.load_from_checkpoint(Path(path), map_location="cpu", weights_only=True).eval()

@@ -88,7 +88,7 @@ def _generate(args: Sequence[str]) -> None:
     parser.add_argument("--prompt", default="what does the picture show ?", help="question or instruction")
     parser.add_argument("--max_new_tokens", type=int, default=None)
     found = parser.parse_args(args)
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     from lightning_mue.export import load
 
@@ -97,8 +97,10 @@ def _generate(args: Sequence[str]) -> None:
     for path in found.image:
         try:
             pictures.append(Image.open(path).convert("RGB"))
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path} is not a picture that can be read") from error
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
+            raise ValueError(f"{path} must be a picture, and it cannot be read as one: {error}") from error
     for answer in engine.answer(pictures, [found.prompt] * len(pictures), found.max_new_tokens):
         print(answer)
 

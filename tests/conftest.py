@@ -5,6 +5,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.runs import calibrated, calibrated_once, fitted, fitted_once, shards
+
+__all__ = ["calibrated", "calibrated_once", "fitted", "fitted_once", "shards"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,30 @@ def rows_of(batch: Batch, keep: Sequence[bool]) -> Batch:
         return [value[i] for i in index] if isinstance(value, list) and len(value) == size else value
 
     return {name: cut(value) for name, value in batch.items()}
+
+
+def content(batch: Batch) -> str:
+    """Return a hash of all that a batch's answers and scores depend on: its tensors, its rows' names and references.
+
+    Names alone would not do: another data set may use the same, and other settings make other pixels.
+    """
+    names = {name: batch.get(name) for name in ("sample_id", "cluster", "references")}
+    digest = hashlib.sha256(repr(names).encode())
+    for name, value in sorted(batch.items()):
+        if isinstance(value, Tensor):
+            digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
+            digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def single(batch: Batch, row: int) -> Batch:
+    """Return one row as a batch of its own, without the padding that its batch-mates asked for."""
+    size = len(batch["sample_id"])
+    alone = rows_of(batch, [i == row for i in range(size)])
+    if isinstance(mask := alone.get("attention_mask"), Tensor):
+        valid = mask[0].bool()
+        alone |= {name: alone[name][:, valid] for name in ("input_ids", "attention_mask")}
+    return alone
 
 
 def in_split(trainer: L.Trainer, batch: Batch, split: str) -> list[bool]:

@@ -13,11 +13,11 @@ from lightning_mue.backbones import fingerprint, view
 from lightning_mue.calibration.certify import Provenance, Tested, certify, uncertified
 from lightning_mue.calibration.losses import check_promise
 from lightning_mue.calibration.propose import Proposal, propose
-from lightning_mue.callbacks.batches import Batch, gather, in_split, rows_of
+from lightning_mue.callbacks.batches import Batch, gather, in_split, rows_of, single
 from lightning_mue.callbacks.collect_trace import open_journal, record_batch
 from lightning_mue.callbacks.decoding import SplitDecoder
 from lightning_mue.callbacks.journal import Journal
-from lightning_mue.inference.profile import measure_latency
+from lightning_mue.inference.profile import device_name, measure_latency
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.trace import Trace
@@ -38,7 +38,8 @@ class CalibrateExits(L.Callback):
         seed: of the certificate's one permutation.
         max_new_tokens: of each answer; the generation config's if not given.
         model: attribute of the LightningModule that holds the backbone.
-        out: where the policy goes; ``policy.json`` beside the checkpoint if not given.
+        out: where the policy goes; ``policy.json`` beside the checkpoint if not given. Two instances in one trainer
+            must name two files.
         folder: of the journal that lets an interrupted calibration go on; ``<default_root_dir>/calibration``.
         latency_repeats: of each measurement of the latency table.
         fit_samples: samples simulated at each validation inside ``fit``; 0 for none.
@@ -112,7 +113,7 @@ class CalibrateExits(L.Callback):
             if certify_row:
                 self._clusters[batch["sample_id"][row]] = batch["cluster"][row]
         if self._one is None:
-            self._one = rows_of(batch, [row == 0 for row in range(len(certifies))])
+            self._one = single(batch, 0)
         chosen = batch if fitting else rows_of(batch, [not c for c in certifies])
         model = getattr(pl_module, self.model)
         path = record_batch(trainer, model, chosen, self.metric, self.max_new_tokens, self._journal)
@@ -123,18 +124,31 @@ class CalibrateExits(L.Callback):
         if self._journal is None:
             return
         model = getattr(pl_module, self.model)
-        self.trace = Trace.merge([Trace.load(p) for p in sorted(set(gather(self._paths)))])
+        paths, clusters = sorted(set(gather(self._paths))), dict(gather(sorted(self._clusters.items())))
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if not paths or not (clusters or fitting):
+            raise ValueError(
+                f"Calibration needs samples to propose on and others to certify on (about 30 and 70 % of the clusters, "
+                f"by a hash of their names); found {len(paths)} batches for the one and {len(clusters)} samples for "
+                "the other. Give more validation data: `val` with a lower `select`, or a larger `holdout`."
+            )
+        self.trace = Trace.merge([Trace.load(p) for p in paths])
         self.latency = self._measure(trainer, model)
         self.proposal = propose(self.trace, self.latency, self.metric, self.keep, self.confidence_level)
-        if trainer.state.fn == TrainerFn.FITTING:
+        if fitting:
             self._log_simulation(pl_module)
             return
-        self.policy = self._certify(trainer, model)
+        self.policy = self._certify(trainer, model, list(clusters.values()))
         target = self._target(trainer)
         if trainer.is_global_zero:
             self.policy.save(target)
         assert self.policy.certificate is not None
         rank_zero_info(f"{self.policy.certificate.in_words()}\nPolicy: {self.policy.depths_in_words()} -> {target}")
+
+    @property
+    def state_key(self) -> str:
+        """Name this instance's state by what it calibrates and where to; two in one trainer need two ``out``."""
+        return self._generate_state_key(model=self.model, out=self.out)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the policy as JSON text (checkpoints are read with ``weights_only=True``)."""
@@ -147,7 +161,7 @@ class CalibrateExits(L.Callback):
     def _measure(self, trainer: L.Trainer, model: Any) -> LatencyTable:
         """Measure once on rank 0; a resumed calibration uses the table it began with."""
         assert self._journal is not None
-        path = self._journal.path("latency", [], ".json")
+        path = self._journal.path("latency", [device_name(next(model.parameters()).device)], ".json")
         if trainer.is_global_zero and not path.exists():
             assert self._one is not None
             one = {k: v for k, v in self._one.items() if hasattr(v, "to")}
@@ -157,12 +171,9 @@ class CalibrateExits(L.Callback):
         text = trainer.strategy.broadcast(path.read_text(encoding="utf-8") if trainer.is_global_zero else "")
         return LatencyTable.from_json(text, str(path))
 
-    def _certify(self, trainer: L.Trainer, model: Any) -> ExitPolicy:
+    def _certify(self, trainer: L.Trainer, model: Any, clusters: list[str]) -> ExitPolicy:
         assert self._journal is not None
         assert self.proposal is not None
-        clusters = dict(gather(sorted(self._clusters.items())))
-        if not clusters:
-            raise ValueError("There is no validation data to certify on; give `val` data or a `holdout`.")
         self.decoder = SplitDecoder(trainer, model, self.metric, self.max_new_tokens, self._journal)
         settings = view(model).decode_settings(self.max_new_tokens)
         closed = list(getattr(getattr(trainer, "datamodule", None), "closed_answers", None) or [])
@@ -175,7 +186,7 @@ class CalibrateExits(L.Callback):
             keep=self.keep,
             confidence_level=self.confidence_level,
             seed=self.seed,
-            clusters=list(clusters.values()),
+            clusters=clusters,
             full_score_mean=self.proposal.full_depth.score,
             provenance=provenance,
             on_tested=_announce,

@@ -8,7 +8,16 @@ from typing import Any
 import lightning as L
 
 from lightning_mue.backbones import fingerprint, view
-from lightning_mue.callbacks.batches import Batch, answer_constraint, gather, in_split, on_device, rows_of, scorer
+from lightning_mue.callbacks.batches import (
+    Batch,
+    answer_constraint,
+    content,
+    gather,
+    in_split,
+    on_device,
+    rows_of,
+    scorer,
+)
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.inference.record import record
 from lightning_mue.trace import Trace
@@ -22,6 +31,7 @@ def open_journal(
     datamodule = getattr(trainer, "datamodule", None)
     key = {
         "fingerprint": fingerprint(model),
+        "device": next(model.parameters()).device.type,
         "decode": dict(settings.plain),
         "answers": list(getattr(datamodule, "closed_answers", None) or []),
         "metric": metric,
@@ -51,7 +61,7 @@ def record_batch(
             journal.key,
         )
 
-    return journal.trace(batch["sample_id"], make)
+    return journal.trace([content(batch)], make)
 
 
 class CollectTrace(L.Callback):

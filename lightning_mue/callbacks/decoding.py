@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +14,16 @@ from rich.progress import track
 
 from lightning_mue.backbones import view
 from lightning_mue.calibration.certify import Decoded
-from lightning_mue.callbacks.batches import Batch, answer_constraint, gather, in_split, on_device, rows_of, scorer
+from lightning_mue.callbacks.batches import (
+    Batch,
+    answer_constraint,
+    content,
+    gather,
+    in_split,
+    on_device,
+    rows_of,
+    scorer,
+)
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import ExitPolicy
@@ -46,18 +58,18 @@ class SplitDecoder:
     def __call__(self, policy: ExitPolicy) -> Decoded:
         """Decode the split under ``policy``; full depth must come first."""
         engine = ExitEngine(self._model, policy, check_fingerprint=False)
-        loader: Any = self._trainer.val_dataloaders
         words = policy.depths_in_words()
         batches = track(
-            loader,
+            self._batches(),
             description=f"decoding: {words[:60]}",
+            total=sum(self._trainer.num_val_batches),
             disable=not (self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None),
         )
         mine: list[dict[str, Any]] = []
         for batch in batches:
             batch = rows_of(batch, in_split(self._trainer, batch, "certify"))
             if batch["sample_id"]:
-                parts = [policy.to_json(), batch["sample_id"]]
+                parts = [policy.to_json(), content(batch)]
                 mine.append(self._journal.piece("decoded", parts, partial(self._decode, engine, batch)))
         rows = [row for piece in gather(mine) for row in piece["rows"]]
         if policy.is_full_depth:
@@ -69,6 +81,15 @@ class SplitDecoder:
             np.array([np.nan if row["score"] is None else row["score"] for row in rows], dtype=np.float64),
             np.array([row["tokens"] == self._full_tokens[row["id"]] for row in rows]),
         )
+
+    def _batches(self) -> Iterator[Batch]:
+        """Give the batches that the validation loop saw: of all loaders, as many as ``limit_val_batches`` says."""
+        loaders: Any = self._trainer.val_dataloaders
+        loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+        for loader, limit in zip(
+            loaders if isinstance(loaders, (list, tuple)) else [loaders], self._trainer.num_val_batches, strict=True
+        ):
+            yield from itertools.islice(loader, None if limit == math.inf else int(limit))
 
     def _decode(self, engine: ExitEngine, batch: Batch) -> dict[str, Any]:
         tensors = on_device(batch, self._model)

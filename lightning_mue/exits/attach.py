@@ -61,11 +61,7 @@ def attach_exits(model: nn.Module, config: ExitConfig | Mapping[str, Any]) -> Ex
         TypeError: the model has no view.
         ValueError: unknown streams or layers, or exits are attached already.
     """
-    if isinstance(config, Mapping):
-        unknown = set(config) - set(ExitConfig.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"ExitConfig has no {sorted(unknown)}; it has {sorted(ExitConfig.__dataclass_fields__)}")
-        config = ExitConfig(**config)
+    config = ExitConfig.of(config)
     if hasattr(model, PREFIX):
         raise ValueError("Exits are attached already; call `detach_exits(model)` first.")
     backbone = view(model)

@@ -32,6 +32,19 @@ class ExitConfig:
     gate: bool = True
     gate_width: int = 32
 
+    @classmethod
+    def of(cls, config: ExitConfig | Mapping[str, Any]) -> ExitConfig:
+        """Return the config itself, or the one that a mapping (of a recipe, of a checkpoint) describes.
+
+        Raises:
+            ValueError: the mapping names what there is not, such as an unknown stream.
+        """
+        if isinstance(config, ExitConfig):
+            return config
+        if unknown := sorted(set(config) - set(cls.__dataclass_fields__)):
+            raise ValueError(f"ExitConfig has no {unknown}; it has {sorted(cls.__dataclass_fields__)}")
+        return cls(**config)
+
     def layers(self) -> dict[str, tuple[int, ...]]:
         """Return stream name -> exit layers, streams without exits left out."""
         named = {"vision": self.vision, "encoder": self.encoder, "decoder": self.decoder}

@@ -59,7 +59,7 @@ class MultiExitModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model: Any = build_backbone(backbone)
-        config = exits if isinstance(exits, ExitConfig) else ExitConfig(**exits)
+        config = ExitConfig.of(exits)
         self.save_hyperparameters(ignore=["backbone", "exits"])
         # Plain values only: checkpoints are read with weights_only=True.
         self.save_hyperparameters({"backbone": backbone_config(self.model), "exits": config.to_dict()})
@@ -137,11 +137,14 @@ class MultiExitModule(L.LightningModule):
             {"params": others, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=(0.9, 0.98), fused=True)
-        warmup, total = self.hparams["warmup_steps"], self._total_steps
+        warmup = self.hparams["warmup_steps"]
 
         def rate(step: int) -> float:
             rise = min(1.0, (step + 1) / max(1, warmup))
-            return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+            # Not before the first step: asking for their number loads the training data, and what is loaded before
+            # Lightning restores its loops begins its epoch anew when a run is resumed.
+            done = min(1.0, step / max(1, self._total_steps)) if step else 0.0
+            return rise * 0.5 * (1 + math.cos(math.pi * done))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,103 @@
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_mue import CalibrateExits, ExitEngine, ExitPolicy
+from lightning_mue.callbacks import decoding
+
+from .conftest import SAMPLES, TOKENS
+
+
+def calibrate(**options):
+    quick = {"metric": "consistency", "keep": 0.5, "max_new_tokens": TOKENS, "latency_repeats": 1}
+    return CalibrateExits(**(quick | options))
+
+
+def test_consistency_needs_no_references_no_labels_and_no_data_module(module, make_loader, make_trainer, tmp_path):
+    callback = calibrate(keep=0.05)
+    make_trainer(callback).validate(module, make_loader(), verbose=False)
+    policy = ExitPolicy.load(tmp_path / "run" / "policy.json")
+    certificate = policy.certificate
+    assert policy.to_json() == callback.policy.to_json()
+    assert certificate.score is None
+    assert certificate.score_full_depth is None
+    if certificate.kind == "certified":
+        assert callback.tests
+        assert certificate.n + len(callback.trace) == SAMPLES
+    engine = ExitEngine(module.model, policy)  # the fingerprint is this model's
+    assert engine.generate(TOKENS, **next(iter(make_loader(2)))).sequences.shape[0] == 2
+
+
+def test_inside_fit_it_simulates_logs_and_promises_nothing(module, make_loader, make_trainer, tmp_path):
+    callback, keep = calibrate(fit_samples=24), ModelCheckpoint(tmp_path / "ckpt", "one")
+    trainer = make_trainer(callback, keep, enable_checkpointing=True, num_sanity_val_steps=2)
+    seen = []
+    check = L.pytorch.callbacks.LambdaCallback(
+        on_sanity_check_end=lambda *_: seen.append((callback._journal, (tmp_path / "run" / "calibration").exists()))
+    )
+    trainer.callbacks.append(check)
+    trainer.fit(module, make_loader(24), make_loader())
+    assert seen == [(None, False)]  # nothing happens in the sanity check
+    assert trainer.callback_metrics["exits/simulated_speedup"] >= 1
+    for stream, layers in (("vision", 4), ("encoder", 4), ("decoder", 5)):
+        assert 1 <= trainer.callback_metrics[f"exits/simulated_depth_{stream}"] <= layers
+    assert len(callback.trace) == 24
+    assert callback.policy.certificate.kind == "uncertified"
+    assert "no promise" in callback.policy.certificate.in_words()
+    assert not (tmp_path / "run" / "policy.json").exists()
+    # The policy travels in the checkpoint, as text.
+    saved = torch.load(tmp_path / "ckpt" / "one.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert ExitPolicy.from_json(saved["policy"]) == callback.policy
+    again = calibrate(fit_samples=0)
+    make_trainer(again, max_steps=3).fit(module, make_loader(24), ckpt_path=tmp_path / "ckpt" / "one.ckpt")
+    assert again.policy == callback.policy
+
+
+def test_without_fit_samples_fit_is_left_alone(module, make_loader, make_trainer, tmp_path):
+    callback = calibrate()
+    trainer = make_trainer(callback, num_sanity_val_steps=1)
+    trainer.fit(module, make_loader(24), make_loader(24))
+    assert callback.policy is None
+    assert callback.state_dict() == {}
+    assert not (tmp_path / "run" / "calibration").exists()
+
+
+def test_two_at_once_need_two_files(module, make_loader, make_trainer, tmp_path):
+    names = {keep: str(tmp_path / f"{keep}.json") for keep in (0.5, 0.3)}
+    two = [calibrate(keep=keep, out=out) for keep, out in names.items()]
+    make_trainer(*two).validate(module, make_loader(), verbose=False)
+    for keep, out in names.items():
+        assert ExitPolicy.load(out).certificate.keep == keep
+    with pytest.raises(RuntimeError, match="state_key"):
+        make_trainer(calibrate(keep=0.5), calibrate(keep=0.3))
+
+
+def test_the_state_key_holds_nothing_that_is_tuned():
+    one = calibrate(out="a.json")
+    other = calibrate(out="a.json", keep=0.9, confidence_level=0.8, fit_samples=3, latency_repeats=7, seed=4)
+    assert one.state_key == other.state_key != calibrate(out="b.json").state_key
+
+
+def test_only_the_batches_that_validation_sees_certify(module, make_loader, make_trainer, monkeypatch):
+    decoded = []
+    plain = decoding.SplitDecoder._decode
+    monkeypatch.setattr(decoding.SplitDecoder, "_decode", lambda *a: decoded.extend(a[2]["sample_id"]) or plain(*a))
+    callback = calibrate(keep=0.05)
+    make_trainer(callback, limit_val_batches=3).validate(module, make_loader(), verbose=False)
+    assert decoded
+    assert {int(name[1:]) for name in decoded} <= set(range(36))
+
+
+def test_several_loaders(module, make_loader, make_trainer):
+    callback = calibrate(keep=0.05)
+    loaders = [make_loader(36), make_loader(24, 1, "t")]
+    make_trainer(callback).validate(module, loaders, verbose=False)
+    names = {name for depths in callback.decoder.depths.values() for name in depths} | set(callback.trace.sample_ids)
+    assert len(names) == 60
+
+
+def test_with_a_progress_bar(module, make_loader, make_trainer):
+    callback = calibrate(keep=0.05)
+    make_trainer(callback, enable_progress_bar=True).validate(module, make_loader(), verbose=False)
+    assert callback.policy is not None
