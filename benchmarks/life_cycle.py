@@ -14,9 +14,10 @@ import torch
 from targets import device, note, today
 
 from lightning_mue.backbones import num_layers, view
-from lightning_mue.checkpoint import find_policy, load_checkpoint
+from lightning_mue.checkpoint import load_checkpoint
 from lightning_mue.data import ShardsDataModule
 from lightning_mue.files import write_text
+from lightning_mue.policy import find_policy
 from lightning_mue.report import print_table, table_markdown, write_html
 from lightning_mue.side_by_side import CALIBRATED, FIRST, FULL, side_by_side
 

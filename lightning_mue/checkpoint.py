@@ -1,4 +1,4 @@
-"""Reading a checkpoint of ``mue fit`` without a Trainer, and the policy beside it."""
+"""Reading a checkpoint of ``mue fit`` without a Trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from lightning_mue.backbones.processor import Processor, build_processor
-from lightning_mue.policy import ExitPolicy
 from lightning_mue.training import MultiExitModule
 
 
@@ -35,11 +34,3 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[MultiExitModule, Proc
         return module, None
     settings = checkpoint["datamodule_hyper_parameters"]
     return module, build_processor(data["tokenizer"], settings["image_size"], settings["image_tokens"])
-
-
-def find_policy(path: str | None, ckpt_path: str | None) -> ExitPolicy:
-    """Return the policy at ``path``, else the one beside the checkpoint, else full depth."""
-    if path is not None:
-        return ExitPolicy.load(path)
-    beside = Path(ckpt_path).parent / "policy.json" if ckpt_path else None
-    return ExitPolicy.load(beside) if beside is not None and beside.exists() else ExitPolicy.full_depth()

@@ -70,8 +70,9 @@ def _freeze(args: Sequence[str]) -> None:
     parser.add_argument("--policy", help="policy.json; the one beside the checkpoint if not given, else full depth")
     parser.add_argument("--out", required=True, help="folder of the bundle")
     found = parser.parse_args(args)
-    from lightning_mue.checkpoint import find_policy, load_checkpoint
+    from lightning_mue.checkpoint import load_checkpoint
     from lightning_mue.export import freeze
+    from lightning_mue.policy import find_policy
 
     module, processor = load_checkpoint(found.ckpt_path)
     policy = find_policy(found.policy, found.ckpt_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,15 +12,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_mue.callbacks import CalibrateExits
-from lightning_mue.callbacks.batches import gather
-from lightning_mue.checkpoint import find_policy
+from lightning_mue.callbacks import CalibrateExits, LastCheckpoint, ObeyPolicy, WritePredictions
 from lightning_mue.data import ShardsDataModule
-from lightning_mue.files import write_text
-from lightning_mue.inference import ExitEngine
-from lightning_mue.policy import ExitPolicy
 from lightning_mue.training import MultiExitModule
 
 
@@ -67,96 +60,6 @@ class MueTrainer(L.Trainer):
                 "`limit_val_batches` of 0."
             )
         return found
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt``: written at every validation and at the end of training, so that ``ckpt_path: last`` goes on.
-
-    Lightning's own ``save_last`` writes it only when the best one changes, and not after the last validation.
-
-    Args:
-        dirpath: folder.
-    """
-
-    def __init__(self, dirpath: str | None = None) -> None:
-        super().__init__(dirpath, filename="last", enable_version_counter=False)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save the very last step here: after it Lightning counts the epoch as over, even in its midst."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.global_step == trainer.max_steps:
-            self._save(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the steps since the last validation."""
-        self._save(trainer)
-
-    def _save(self, trainer: L.Trainer) -> None:
-        if self.dirpath is not None and self._last_global_step_saved != trainer.global_step:
-            self._save_checkpoint(trainer, str(Path(self.dirpath) / "last.ckpt"))
-
-
-class ObeyPolicy(L.Callback):
-    """Gives ``test`` and ``predict`` the policy of ``--policy``, else the one beside the checkpoint, else full depth.
-
-    A policy that is named must fit the weights; one that only lies there and does not is left alone, with a warning.
-
-    Args:
-        path: policy.json, or None.
-    """
-
-    def __init__(self, path: str | None = None) -> None:
-        self.path = path
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Obey; only now are the checkpoint's weights in the module."""
-        self._obey(trainer, pl_module)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Obey."""
-        self._obey(trainer, pl_module)
-
-    def _obey(self, trainer: L.Trainer, pl_module: Any) -> None:
-        checkpoint = trainer.ckpt_path
-        policy = find_policy(self.path, str(checkpoint) if checkpoint else None)
-        try:
-            ExitEngine(pl_module.model, policy)
-        except ValueError as error:
-            if self.path is not None:
-                raise
-            rank_zero_warn(f"The policy beside {checkpoint} is not obeyed, going on at full depth: {error}")
-            policy = ExitPolicy.full_depth()
-        pl_module.policy = policy
-        rank_zero_info(f"Policy: {policy.depths_in_words()}")
-
-
-class WritePredictions(L.Callback):
-    """Writes what ``predict`` found to ``predictions.jsonl`` in ``trainer.default_root_dir``, in order of sample id."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, dict[str, Any]] = {}
-
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the rows; a sample that came twice counts once."""
-        self._rows |= {row["sample_id"]: row for row in outputs}
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the rows of all ranks."""
-        rows = dict(gather(list(self._rows.items())))
-        if trainer.is_global_zero:
-            path = Path(trainer.default_root_dir) / "predictions.jsonl"
-            write_text(path, "".join(json.dumps(rows[name]) + "\n" for name in sorted(rows)))
-            rank_zero_info(f"{len(rows)} predictions -> {path}")
 
 
 class MueCLI(LightningCLI):

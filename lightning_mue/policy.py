@@ -218,3 +218,11 @@ class ExitPolicy:
 def chain_hash(policies: list[ExitPolicy]) -> str:
     """Return the hash of an ordered chain of policies, stored before the first of them is tested."""
     return hashlib.sha256("".join(p.to_json() for p in policies).encode()).hexdigest()[:16]
+
+
+def find_policy(path: str | None, ckpt_path: str | None) -> ExitPolicy:
+    """Return the policy at ``path``, else the one beside the checkpoint, else full depth."""
+    if path is not None:
+        return ExitPolicy.load(path)
+    beside = Path(ckpt_path).parent / "policy.json" if ckpt_path else None
+    return ExitPolicy.load(beside) if beside is not None and beside.exists() else ExitPolicy.full_depth()

@@ -68,12 +68,14 @@ def side_by_side(
         progress: draw progress bars.
     """
     engines = {name: ExitEngine(model, p, check_fingerprint=False) for name, p in _policies(model, policy).items()}
-    variants: dict[str, Callable[[dict[str, Any]], Tensor]] = {PLAIN: transformers_variant(model)}
-    variants |= {name: engine_variant(engine) for name, engine in engines.items()}
+    end_id = engines[FULL].backbone.decode_settings(None).end_ids[0]
+    prefix_fn = datamodule.answer_constraint(end_id)
+    variants: dict[str, Callable[[dict[str, Any]], Tensor]] = {PLAIN: transformers_variant(model, None, prefix_fn)}
+    variants |= {name: engine_variant(engine, None, prefix_fn) for name, engine in engines.items()}
     with Progress(disable=not progress) as bars:
         batches = list(datamodule.test_dataloader())
         bar = bars.add_task("quality", total=len(batches) * len(variants))
-        quality, depths = _quality(variants, engines, batches, datamodule.processor, metric, lambda: bars.advance(bar))
+        quality, depths = _quality(variants, engines, batches, datamodule, metric, lambda: bars.advance(bar))
         singles = _singles(batches, timed_samples)
         bar = bars.add_task("time, one sample after the other", total=len(singles) * repeats)
         timings = compare(variants, singles, repeats, baseline=FULL, on_done=lambda *_: bars.advance(bar))
@@ -101,7 +103,7 @@ def _quality(
     variants: Mapping[str, Callable[[dict[str, Any]], Tensor]],
     engines: Mapping[str, ExitEngine],
     batches: list[dict[str, Any]],
-    processor: Any,
+    datamodule: Any,
     metric: str,
     done: Callable[[], object],
 ) -> tuple[dict[str, float], dict[str, dict[str, list[Tensor]]]]:
@@ -112,13 +114,14 @@ def _quality(
         scores: list[float] = []
         for batch in batches:
             if name in engines:
-                output = engines[name].generate(**batch)
+                end_id = engines[name].backbone.decode_settings(None).end_ids[0]
+                output = engines[name].generate(None, datamodule.answer_constraint(end_id), **batch)
                 sequences = output.sequences
                 for stream, depth in output.exit_depths.items():
                     depths.setdefault(name, {}).setdefault(stream, []).append(depth.cpu())
             else:
                 sequences = answer(batch)
-            texts = processor.decode(sequences[:, 1:])
+            texts = datamodule.processor.decode(sequences[:, 1:])
             scores += [score(metric, t, refs) for t, refs in zip(texts, batch["references"], strict=True)]
             done()
         quality[name] = float(np.mean(scores))

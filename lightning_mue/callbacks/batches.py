@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.data.tasks import split_of
-from lightning_mue.inference.answers import only_answers
 from lightning_mue.metrics.answers import score
 
 Batch = dict[str, Any]
@@ -85,13 +84,9 @@ def scorer(trainer: L.Trainer, batch: Batch, metric: str) -> Callable[[Tensor], 
 
 
 def answer_constraint(trainer: L.Trainer, end_id: int) -> Callable[[int, Tensor], list[int]] | None:
-    """Return the constraint to the data module's closed answers, or None if answers are free."""
-    datamodule = getattr(trainer, "datamodule", None)
-    answers = getattr(datamodule, "closed_answers", None)
-    if not answers or datamodule is None:
-        return None
-    labels = datamodule.processor.labels(answers)
-    return only_answers([[int(t) for t in row if t >= 0 and t != end_id] for row in labels], end_id)
+    """Return the data module's constraint to closed answers, or None if answers are free."""
+    make = getattr(getattr(trainer, "datamodule", None), "answer_constraint", None)
+    return make(end_id) if make is not None else None
 
 
 def on_device(batch: Batch, model: nn.Module) -> Batch:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from lightning_mue.data.loader import BatchLoader, EncodedBatches, Processor, eval_batches, train_batches
 from lightning_mue.data.shards import BadSamples, OnBad, find_shards
 from lightning_mue.data.store import SampleStore, read_samples
 from lightning_mue.data.tasks import STATEMENT_WORDS, Sample, cluster_point, split_of
 from lightning_mue.data.tokenizer import train_tokenizer
+from lightning_mue.inference.answers import only_answers
 
 
 class ShardsDataModule(LightningDataModule):
@@ -124,6 +127,13 @@ class ShardsDataModule(LightningDataModule):
     def closed_answers(self) -> list[str] | None:
         """The only answers there are to statements; None where answers are free."""
         return list(STATEMENT_WORDS) if self.hparams["task"] == "statement" else None
+
+    def answer_constraint(self, end_id: int) -> Callable[[int, Tensor], list[int]] | None:
+        """Return the constraint of decoding to the closed answers (``prefix_allowed_tokens_fn``); None where free."""
+        if self.closed_answers is None:
+            return None
+        labels = self.processor.labels(self.closed_answers)
+        return only_answers([[int(t) for t in row if t >= 0 and t != end_id] for row in labels], end_id)
 
     @property
     def calibration_fingerprint(self) -> str:

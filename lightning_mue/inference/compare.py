@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import view
-from lightning_mue.inference.engine import ExitEngine
+from lightning_mue.inference.engine import ExitEngine, PrefixFn
 
 Variant = Callable[[dict[str, Any]], Tensor]
 """Answers one sample: its inputs (batch 1) -> token ids."""
@@ -89,7 +89,9 @@ def compare(
     return {name: _summary(of_variant, ms[baseline]) for name, of_variant in ms.items()}
 
 
-def transformers_variant(model: nn.Module, max_new_tokens: int | None = None) -> Variant:
+def transformers_variant(
+    model: nn.Module, max_new_tokens: int | None = None, prefix_fn: PrefixFn | None = None
+) -> Variant:
     """Return transformers' own greedy ``generate`` of a backbone, put into eval mode."""
     generate: Any = model.eval().generate
     wanted = view(model).generate_inputs
@@ -98,14 +100,14 @@ def transformers_variant(model: nn.Module, max_new_tokens: int | None = None) ->
     @torch.inference_mode()
     def answer(inputs: dict[str, Any]) -> Tensor:
         inputs = {name: inputs[name] for name in wanted if inputs.get(name) is not None}
-        return generate(**inputs, num_beams=1, do_sample=False, **limit)
+        return generate(**inputs, num_beams=1, do_sample=False, prefix_allowed_tokens_fn=prefix_fn, **limit)
 
     return answer
 
 
-def engine_variant(engine: ExitEngine, max_new_tokens: int | None = None) -> Variant:
+def engine_variant(engine: ExitEngine, max_new_tokens: int | None = None, prefix_fn: PrefixFn | None = None) -> Variant:
     """Return the engine's answers under its policy."""
-    return lambda inputs: engine.generate(max_new_tokens, **inputs).sequences
+    return lambda inputs: engine.generate(max_new_tokens, prefix_fn, **inputs).sequences
 
 
 def _time(variant: Variant, sample: dict[str, Any], clock: Callable[[], float]) -> float:

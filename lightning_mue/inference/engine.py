@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone, fingerprint, num_layers, view
 from lightning_mue.exits import Exits, attached
+from lightning_mue.inference.answers import only_answers
 from lightning_mue.inference.encode import OnExit, encode
 from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, decode
 from lightning_mue.inference.stopwatch import Stopwatch
@@ -91,7 +92,7 @@ class ExitEngine:
         return output
 
     def answer(self, images: Sequence[Any], prompts: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
-        """Answer one prompt for each picture, as text.
+        """Answer one prompt for each picture, as text; only with the answers that calibration allowed, if it did.
 
         Args:
             images: PIL pictures.
@@ -108,7 +109,17 @@ class ExitEngine:
             raise ValueError(f"`prompts` must be a list with one text for each of {len(images)} images, got {found}")
         device = next(self.model.parameters()).device
         inputs = {name: tensor.to(device) for name, tensor in self.processor(images, prompts).items()}
-        return self.processor.decode(self.generate(max_new_tokens, **inputs).sequences)
+        return self.processor.decode(self.generate(max_new_tokens, self._calibrated_answers(), **inputs).sequences)
+
+    def _calibrated_answers(self) -> PrefixFn | None:
+        """Return the constraint to the closed answers under which the policy was certified, or None."""
+        certificate = self.policy.certificate
+        answers = certificate.decode.get("answers") if certificate is not None else None
+        if not answers:
+            return None
+        end_id = self.backbone.decode_settings(None).end_ids[0]
+        labels = self.processor.labels(answers)
+        return only_answers([[int(t) for t in row if t >= 0 and t != end_id] for row in labels], end_id)
 
     def run(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mue.backbones import backbone_config, build_backbone, view
 from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached
-from lightning_mue.inference import ExitEngine
+from lightning_mue.inference import ExitEngine, ExitOutput
 from lightning_mue.metrics.answers import AnswerScore
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.training.depths import sample_depths
@@ -112,7 +112,7 @@ class MultiExitModule(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Decode under ``self.policy`` and log exact match and mean exit depths."""
-        output = self._engine().generate(**batch)
+        output = self._generate(batch)
         texts = self.trainer.datamodule.processor.decode(output.sequences[:, 1:])  # type: ignore[attr-defined]
         self._score.update(texts, batch["references"])
         self.log("test/exact_match", self._score, batch_size=len(texts))
@@ -121,7 +121,7 @@ class MultiExitModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Decode under ``self.policy``; one mapping per sample with ``sample_id``, ``prompt`` and ``answer``."""
-        output = self._engine().generate(**batch)
+        output = self._generate(batch)
         texts = self.trainer.datamodule.processor.decode(output.sequences[:, 1:])  # type: ignore[attr-defined]
         return [
             {"sample_id": i, "prompt": p, "answer": t}
@@ -174,8 +174,12 @@ class MultiExitModule(L.LightningModule):
     def _total_steps(self) -> int:
         return int(self.trainer.estimated_stepping_batches)
 
-    def _engine(self) -> ExitEngine:
-        return ExitEngine(self.model, self.policy, check_fingerprint=False)
+    def _generate(self, batch: Batch) -> ExitOutput:
+        """Decode under the policy, closed answers only where the data module has them."""
+        engine = ExitEngine(self.model, self.policy, check_fingerprint=False)
+        constrain = getattr(self.trainer.datamodule, "answer_constraint", None)  # type: ignore[attr-defined]
+        end_id = engine.backbone.decode_settings(None).end_ids[0]
+        return engine.generate(prefix_allowed_tokens_fn=constrain(end_id) if constrain else None, **batch)
 
 
 def _all_right(tokens_N: Tensor, labels_BT: Tensor) -> Tensor:

@@ -202,6 +202,8 @@ def test_skipped_samples_are_counted_once_per_split(folder):
 def test_missing_or_empty_data_is_refused(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match=r"no val data.*nowhere"):
         ShardsDataModule(str(folder), "vqa", "nowhere").setup("fit")
+    with pytest.raises(FileNotFoundError, match="no validation data: `val` is not given"):
+        ShardsDataModule([str(folder / "train-000.tar")], "vqa").setup("fit")
     write_tar(tmp_path / "empty.tar", [])
     with pytest.raises(ValueError, match=r"empty\.tar: there is no sample"):
         ShardsDataModule(str(folder), "vqa", str(tmp_path / "empty.tar")).setup("validate")

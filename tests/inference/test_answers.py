@@ -5,7 +5,7 @@ import torch
 
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.answers import only_answers
-from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy import Certificate, ExitPolicy
 from tests import zoo
 
 
@@ -35,3 +35,28 @@ def test_answers_of_several_tokens_follow_their_tree():
     assert allowed(0, torch.tensor([2, 9])) == [3]
     with pytest.raises(ValueError, match="at least one token"):
         only_answers([[5], []], end_id=3)
+
+
+class _Words:
+    """A processor whose words are token ids."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def __call__(self, images, text):
+        return self.tensors
+
+    def labels(self, text):
+        return torch.tensor([[int(word), zoo.END] for word in text])
+
+    def decode(self, sequences):
+        return [str(row[1].item()) for row in sequences]
+
+
+def test_a_policy_certified_on_closed_answers_gives_no_others():
+    model, tensors = zoo.make("florence2", seed=2), zoo.inputs("florence2", 5)
+    free = ExitEngine(model, ExitPolicy.full_depth(), processor=_Words(tensors)).answer([None] * 5, [""] * 5)
+    assert not set(free) <= {"11", "23", "42"}
+    promise = Certificate("certified", "accuracy", 0.98, 0.95, p_value=0.01, decode={"answers": ["11", "23", "42"]})
+    engine = ExitEngine(model, ExitPolicy(certificate=promise), processor=_Words(tensors))
+    assert set(engine.answer([None] * 5, [""] * 5)) <= {"11", "23", "42"}
