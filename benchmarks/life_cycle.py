@@ -38,6 +38,8 @@ def main() -> None:
     data = ShardsDataModule(**{k: v for k, v in checkpoint["datamodule_hyper_parameters"].items() if k[0] != "_"})
     data.load_state_dict(checkpoint["ShardsDataModule"])
     data.setup("test")
+    if not (data.hparams["holdout"] or data.hparams["test"] or data.has_test_shards):
+        parser.error("there is no data that did not calibrate: give the recipe `test` data or a `holdout`")
     measured = side_by_side(module.model, policy, data, args.metric, args.timed_samples, args.repeats)
     rows = {row.name: row for row in measured.rows}
     quality = args.metric.replace("_", " ")

@@ -19,12 +19,14 @@ SCHEMA = 1
 class StreamLatency:
     """Milliseconds of a stream that is left once per sample (vision, encoder).
 
-    ``fixed_ms`` is prologue + epilogue (always run), ``layer_ms`` one layer, ``signal_ms`` one exit decision by signal.
+    ``fixed_ms`` is prologue + epilogue (always run), ``layer_ms`` one layer, ``signal_ms`` one exit decision by signal,
+    ``exit_ms`` what leaving early adds (the adapter).
     """
 
     fixed_ms: float
     layer_ms: float
     signal_ms: Mapping[str, float] = field(default_factory=dict)
+    exit_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class DecoderLatency:
 
     ``layer_ms[i]`` is one layer over a block of ``block_sizes[i]`` pending positions; ``cross_ms`` the cross-attention
     K/V projection of one layer, paid when the layer is first reached; ``step_ms`` what each step pays at any depth
-    (embedding, vocabulary head, bookkeeping).
+    (embedding, vocabulary head, bookkeeping), ``exit_ms`` what leaving early adds by signal: the adapter, or less than
+    nothing where the signal computed the exit's logits already.
     """
 
     block_sizes: tuple[int, ...]
@@ -41,6 +44,7 @@ class DecoderLatency:
     cross_ms: float
     step_ms: float
     signal_ms: Mapping[str, float] = field(default_factory=dict)
+    exit_ms: Mapping[str, float] = field(default_factory=dict)
 
     def layer_cost(self, pending: np.ndarray) -> np.ndarray:
         """Return the ms of one layer over ``pending`` positions (0 costs 0), interpolated between measured sizes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -49,7 +49,7 @@ def read_settings(config: GenerationConfig, max_new_tokens: int | None) -> Decod
         raise ValueError("The generation config must name `decoder_start_token_id` and `eos_token_id`.")
     ends = (config.eos_token_id,) if isinstance(config.eos_token_id, int) else tuple(config.eos_token_id)
     pad = config.pad_token_id if config.pad_token_id is not None else ends[0]
-    limit = max_new_tokens or config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    limit = _limit(config, max_new_tokens)
     plain = {
         "strategy": "greedy",
         "start_id": start,
@@ -63,19 +63,43 @@ def read_settings(config: GenerationConfig, max_new_tokens: int | None) -> Decod
     return DecodeSettings(start, ends, pad, limit, plain)
 
 
+def _limit(config: GenerationConfig, max_new_tokens: int | None) -> int:
+    """Return the number of new tokens at most, as ``generate`` would (``max_length`` counts the start token)."""
+    limit = max_new_tokens if max_new_tokens is not None else config.max_new_tokens
+    if limit is None:
+        limit = config.max_length - 1 if config.max_length is not None else DEFAULT_MAX_NEW_TOKENS
+    if limit < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, got {limit}")
+    return limit
+
+
 def build_processors(
     settings: DecodeSettings, prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None
 ) -> list[TokenProcessor]:
     """Return transformers' own processors for these settings, in the order ``generate`` applies them."""
     plain = settings.plain
-    processors: list[Any] = []
+    processors: list[TokenProcessor] = []
     if plain["no_repeat_ngram_size"]:
-        processors.append(NoRepeatNGramLogitsProcessor(plain["no_repeat_ngram_size"]))
+        processors.append(_for_all_rows(NoRepeatNGramLogitsProcessor(plain["no_repeat_ngram_size"])))
     if prefix_allowed_tokens_fn is not None:
-        processors.append(PrefixConstrainedLogitsProcessor(prefix_allowed_tokens_fn, num_beams=1))
+        processors.append(_by_row(prefix_allowed_tokens_fn))
     if plain["forced_bos_token_id"] is not None:
-        processors.append(ForcedBOSTokenLogitsProcessor(plain["forced_bos_token_id"]))
+        processors.append(_for_all_rows(ForcedBOSTokenLogitsProcessor(plain["forced_bos_token_id"])))
     if plain["forced_eos_token_id"] is not None:
         longest = settings.max_new_tokens + 1
-        processors.append(ForcedEOSTokenLogitsProcessor(longest, plain["forced_eos_token_id"]))
+        processors.append(_for_all_rows(ForcedEOSTokenLogitsProcessor(longest, plain["forced_eos_token_id"])))
     return processors
+
+
+def _for_all_rows(processor: Callable[[Tensor, Tensor], Tensor]) -> TokenProcessor:
+    return lambda ids_RT, logits_RV, _rows: processor(ids_RT, logits_RV)
+
+
+def _by_row(allowed: Callable[[int, Tensor], list[int]]) -> TokenProcessor:
+    """The constraint is asked for rows of the batch, though only some of them may be at hand."""
+
+    def process(ids_RT: Tensor, logits_RV: Tensor, rows: Sequence[int]) -> Tensor:
+        constraint = PrefixConstrainedLogitsProcessor(lambda i, ids: allowed(rows[i], ids), num_beams=1)
+        return constraint(ids_RT, logits_RV)
+
+    return process

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 Inputs = Mapping[str, Any]
-TokenProcessor = Callable[[Tensor, Tensor], Tensor]
-"""(ids so far ``[R, t]``, logits ``[R, V]``) -> logits; transformers' logits processors have this form."""
+TokenProcessor = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+"""(ids so far ``[R, t]``, logits ``[R, V]``, the batch's row of each) -> logits."""
 
 
 @dataclass

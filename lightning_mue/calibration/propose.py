@@ -59,7 +59,7 @@ class Proposal:
     """What to test, and what it was chosen from.
 
     Args:
-        chain: at most 10 candidates, rising risk and falling ms, each faster than full depth; fixed before the
+        chain: at most 8 candidates, rising risk and falling ms, each faster than full depth; fixed before the
             certify split is seen.
         frontier: candidates that no other beats in both predicted risk and ms, from safe to bold.
         statics: full depth first, then every static depth of each single stream; for the report.

@@ -97,13 +97,15 @@ def simulate_stream(trace: Trace, name: str, rule: ExitRule | None, latency: Lat
     # exits tried up to and including the one taken; exits that can never be taken are not tried
     tried = np.append(np.cumsum(thresholds < np.inf), np.count_nonzero(thresholds < np.inf))[column]
     if stream.agree is not None:
-        return _decoder(trace, stream, column, tried * signal_ms, latency.decoder)
+        leaves = column < len(stream.layers)
+        exit_ms = latency.decoder.exit_ms.get(rule.signal, 0.0) if rule is not None else 0.0
+        return _decoder(trace, stream, column, tried * signal_ms + leaves * exit_ms, latency.decoder)
     cost = latency.streams[name]
     depth = np.append(np.asarray(stream.layers, dtype=np.int64), stream.num_layers)[column]
     rows = np.arange(len(trace))
     same = np.column_stack([stream.same_at, np.ones(len(trace), dtype=bool)])[rows, column]
     score = np.column_stack([stream.score_at, trace.full_score])[rows, column]
-    ms = cost.fixed_ms + depth * cost.layer_ms + tried * signal_ms
+    ms = cost.fixed_ms + depth * cost.layer_ms + tried * signal_ms + (column < len(stream.layers)) * cost.exit_ms
     return StreamOutcome(depth, same, score - trace.full_score, ms, np.zeros(len(trace), dtype=np.int64))
 
 

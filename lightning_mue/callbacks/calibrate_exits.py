@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -17,10 +18,15 @@ from lightning_mue.callbacks.batches import Batch, gather, in_split, rows_of, si
 from lightning_mue.callbacks.collect_trace import open_journal, record_batch
 from lightning_mue.callbacks.decoding import SplitDecoder
 from lightning_mue.callbacks.journal import Journal
+from lightning_mue.exits import attached
 from lightning_mue.inference.profile import device_name, measure_latency
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.trace import Trace
+
+SELECTION_REUSED = (
+    "selection_reused: nothing says that this data did not choose the checkpoint; if it did, the promise is weaker."
+)
 
 
 class CalibrateExits(L.Callback):
@@ -29,7 +35,7 @@ class CalibrateExits(L.Callback):
     In ``validate`` and ``mue calibrate``: records the *propose* part of the validation data at full depth, measures a
     latency table, simulates all policies, fixes a chain from safe to bold, and tests it in order by decoding the
     *certify* part. Writes ``policy.json`` beside the checkpoint. Inside ``fit`` it only simulates, on a few samples,
-    and logs; that policy is marked uncertified, for that data chooses the checkpoint.
+    and logs (with ``fit_samples`` > 0); that policy is marked uncertified, for that data chooses the checkpoint.
 
     Args:
         keep: fraction of the full-depth metric to keep, or for ``consistency`` of outputs to leave unchanged.
@@ -89,6 +95,9 @@ class CalibrateExits(L.Callback):
         if trainer.sanity_checking or (fitting and not self.fit_samples):
             return
         model = getattr(pl_module, self.model)
+        exits = attached(model)
+        if exits is None or not exits.layers:
+            raise ValueError("There are no exits to calibrate; call `attach_exits(model, config)` and train them.")
         self._journal = open_journal(trainer, model, self.metric, self.max_new_tokens, self.folder)
         self._paths, self._clusters, self._one, self._seen = [], {}, None, 0
 
@@ -108,6 +117,8 @@ class CalibrateExits(L.Callback):
         if fitting and self._seen >= self.fit_samples:
             return
         self._seen += len(batch["sample_id"])
+        if missing := [name for name in ("sample_id", "cluster") if name not in batch]:
+            raise ValueError(f"Calibration needs a name and a cluster for each sample; the batch has no {missing}.")
         certifies = in_split(trainer, batch, "certify")
         for row, certify_row in enumerate(certifies):
             if certify_row:
@@ -161,7 +172,8 @@ class CalibrateExits(L.Callback):
     def _measure(self, trainer: L.Trainer, model: Any) -> LatencyTable:
         """Measure once on rank 0; a resumed calibration uses the table it began with."""
         assert self._journal is not None
-        path = self._journal.path("latency", [device_name(next(model.parameters()).device)], ".json")
+        setting = [device_name(next(model.parameters()).device), torch.get_num_threads(), self.latency_repeats]
+        path = self._journal.path("latency", setting, ".json")
         if trainer.is_global_zero and not path.exists():
             assert self._one is not None
             one = {k: v for k, v in self._one.items() if hasattr(v, "to")}
@@ -177,8 +189,10 @@ class CalibrateExits(L.Callback):
         self.decoder = SplitDecoder(trainer, model, self.metric, self.max_new_tokens, self._journal)
         settings = view(model).decode_settings(self.max_new_tokens)
         closed = list(getattr(getattr(trainer, "datamodule", None), "closed_answers", None) or [])
-        decode = {**settings.plain, "answers": closed, "precision": "fp32", "batching": "per row"}
-        provenance = Provenance(fingerprint(model), self._journal.key["data"], decode)
+        precision = str(next(model.parameters()).dtype).removeprefix("torch.")
+        decode = {**settings.plain, "answers": closed, "precision": precision, "batching": "per row"}
+        reused = "" if self._journal.key["data"] else SELECTION_REUSED
+        provenance = Provenance(fingerprint(model), self._journal.key["data"], decode, reused)
         policy, self.tests = certify(
             self.proposal.chain,
             self.decoder,

@@ -52,8 +52,6 @@ class SplitDecoder:
         settings = view(model).decode_settings(max_new_tokens)
         self._prefix_fn = answer_constraint(trainer, settings.end_ids[0])
         self._full_tokens: dict[str, list[int]] = {}
-        self.depths: dict[str, dict[str, dict[str, Any]]] = {}
-        """Policy in words -> sample id -> stream -> exit depths (a list for the decoder); for the report."""
 
     def __call__(self, policy: ExitPolicy) -> Decoded:
         """Decode the split under ``policy``; full depth must come first."""
@@ -74,7 +72,6 @@ class SplitDecoder:
         rows = [row for piece in gather(mine) for row in piece["rows"]]
         if policy.is_full_depth:
             self._full_tokens = {row["id"]: row["tokens"] for row in rows}
-        self.depths[words] = {row["id"]: row["depths"] for row in rows}
         return Decoded(
             [row["id"] for row in rows],
             [row["cluster"] for row in rows],

@@ -41,5 +41,17 @@ class ObeyPolicy(L.Callback):
                 raise
             rank_zero_warn(f"The policy beside {checkpoint} is not obeyed, going on at full depth: {error}")
             policy = ExitPolicy.full_depth()
+        _compare_precision(policy, trainer, pl_module.model)
         pl_module.policy = policy
         rank_zero_info(f"Policy: {policy.depths_in_words()}")
+
+
+def _compare_precision(policy: ExitPolicy, trainer: L.Trainer, model: Any) -> None:
+    """Warn if the run's precision is not the one that was certified."""
+    certified = policy.certificate.decode.get("precision") if policy.certificate is not None else None
+    found = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if certified is not None and (found != certified or "mixed" in str(trainer.precision)):
+        rank_zero_warn(
+            f"The policy was certified in {certified}, this run uses {found} under precision {trainer.precision}: "
+            "the promise does not hold for it."
+        )

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_mue.data.loader import BatchLoader, EncodedBatches, Processor, eval_batches, train_batches
@@ -35,7 +36,7 @@ class ShardsDataModule(LightningDataModule):
         train: a folder (its ``train-*.tar``), a tar, a glob, or a list of these.
         val: likewise (``val-*.tar``); the folder of ``train`` when not given.
         task: "vqa", "statement", "caption" or "reading".
-        test: likewise (``test-*.tar``); the validation data when not given.
+        test: likewise (``test-*.tar``); when not given, those in the folder of ``train``, else the validation data.
         batch_size: training samples a batch and device.
         eval_batch_size: samples a batch otherwise; the composition of these batches knows no number of devices.
         image_size: pictures are resized to this many pixels a side.
@@ -117,7 +118,17 @@ class ShardsDataModule(LightningDataModule):
     @cached_property
     def test_samples(self) -> SampleStore:
         """What ``test`` and ``predict`` run on."""
-        return self._val if self.hparams["test"] is None else self._read("test")
+        if self.hparams["test"] is not None or self.has_test_shards:
+            return self._read("test")
+        if not self.hparams["holdout"]:
+            rank_zero_warn("There is no test data: testing on validation data, which calibration uses too.")
+        return self._val
+
+    @property
+    def has_test_shards(self) -> bool:
+        """Whether the folder of ``train`` holds ``test-*.tar``."""
+        folder = self.hparams["train"]
+        return isinstance(folder, str) and any(Path(folder).expanduser().glob("test-*.tar"))
 
     def split_of(self, cluster: str) -> str:
         """Says what a calibration cluster is for: "propose" (30 %) or "certify" (70 %)."""

@@ -65,7 +65,7 @@ def stream_scores(
         return similarity(state.h_BTD, before_BTD, state.valid_BT)
     if signal == "gate":
         assert exits is not None
-        return exits.gate_logit(stream, k, state.h_BTD, state.valid_BT).sigmoid()
+        return exits.gate_logit(stream, k, state.h_BTD, state.valid_BT).float().sigmoid()
     return torch.ones(len(state.h_BTD), device=state.h_BTD.device)
 
 

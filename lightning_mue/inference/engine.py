@@ -20,6 +20,20 @@ from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.signals import NEEDS_LOGITS
 
+_NOT_GREEDY = {
+    "num_beams",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "num_return_sequences",
+    "max_length",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "streamer",
+}
+
 PrefixFn = Callable[[int, Tensor], list[int]]
 
 
@@ -83,7 +97,7 @@ class ExitEngine:
         """Answer a batch; every row leaves every stream at its own layer.
 
         Args:
-            max_new_tokens: at most; the generation config's (or 20) if not given.
+            max_new_tokens: at most; if not given, as certified, else as the generation config says.
             prefix_allowed_tokens_fn: transformers' constraint on the next token, such as a closed set of answers.
             timings: measure the parts.
             **inputs: the backbone's own: ``pixel_values``, ``input_ids``, ``attention_mask``. Others are ignored.
@@ -130,7 +144,11 @@ class ExitEngine:
         on_exit: OnExit | None = None,
     ) -> tuple[ExitOutput, TorchExecutor]:
         """``generate``, returning the executor too: a trace is made of its states and of what ``on_exit`` sees."""
+        if asked := sorted(_NOT_GREEDY & set(inputs)):
+            raise ValueError(f"The engine decodes greedily and does not do {asked}; leave them out.")
         inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
+        if max_new_tokens is None and self.policy.certificate is not None:
+            max_new_tokens = self.policy.certificate.decode.get("max_new_tokens")  # what was certified
         settings = self.backbone.decode_settings(max_new_tokens)
         watch = Stopwatch(next(self.model.parameters()).device, timings)
         with watch.part("total"):

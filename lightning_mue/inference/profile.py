@@ -20,6 +20,7 @@ from lightning_mue.inference.record import DECODER_SIGNALS, STREAM_SIGNALS
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
+from lightning_mue.signals import NEEDS_LOGITS
 
 BLOCK_SIZES = (1, 2, 4, 8, 16)
 
@@ -47,7 +48,8 @@ def measure_latency(
     for stream in backbone.encoders:
         signals = {s: ms[f"{stream.name}.{s}"] for s in STREAM_SIGNALS if f"{stream.name}.{s}" in ms}
         fixed = ms[f"{stream.name}.prologue"] + ms[f"{stream.name}.epilogue"]
-        streams[stream.name] = StreamLatency(fixed, ms[f"{stream.name}.layer"], signals)
+        adapter = ms.get(f"{stream.name}.adapter", 0.0)
+        streams[stream.name] = StreamLatency(fixed, ms[f"{stream.name}.layer"], signals, adapter)
     sizes = tuple(m for m in BLOCK_SIZES if f"decoder.layer{m}" in ms)
     decoder = DecoderLatency(
         sizes,
@@ -55,8 +57,17 @@ def measure_latency(
         ms["decoder.memory"],
         ms["decoder.embed"] + ms["decoder.head"],
         {s: ms[f"decoder.{s}"] for s in DECODER_SIGNALS if f"decoder.{s}" in ms},
+        _exit_ms(ms),
     )
     return LatencyTable(streams, decoder, device_name(next(model.parameters()).device), torch.get_num_threads())
+
+
+def _exit_ms(ms: dict[str, float]) -> dict[str, float]:
+    """Return signal -> what leaving the decoder early adds to a step that has paid for the signal and a head."""
+    if "decoder.exit" not in ms:
+        return {}
+    adapter = ms["decoder.exit"] - ms["decoder.head"]
+    return {s: -ms["decoder.head"] if s in NEEDS_LOGITS else adapter for s in (*DECODER_SIGNALS, "static")}
 
 
 def device_name(device: torch.device) -> str:
@@ -78,6 +89,8 @@ def _stream_pieces(backbone: Backbone, exits: Exits | None, inputs: dict[str, An
         for signal in _signals(exits, name, STREAM_SIGNALS):
             k = exits.layers[name][0] if exits is not None else 0
             pieces[f"{name}.{signal}"] = partial(_decide, exits, signal, name, k, replace(state), first)
+        if exits is not None and name in exits.layers:
+            pieces[f"{name}.adapter"] = partial(exits.adapt, name, exits.layers[name][0], first)
         for k in range(1, stream.num_layers + 1):
             state.h_BTD = stream.layer(k, state)
         before = stream.epilogue(state.h_BTD)
@@ -118,6 +131,8 @@ def _decoder_pieces(
     for m in BLOCK_SIZES:
         if m <= steps:
             pieces[f"decoder.layer{m}"] = partial(executor.run_layer, layer, [0], steps - m, steps)
+    if exits is not None and "decoder" in exits.layers:
+        pieces["decoder.exit"] = partial(executor.choose, {exits.layers["decoder"][0]: [0]}, at)
     for signal in _signals(exits, "decoder", DECODER_SIGNALS):
         k = exits.layers["decoder"][0] if exits is not None else 0
         pieces[f"decoder.{signal}"] = partial(executor.score, signal, k, [0], at)

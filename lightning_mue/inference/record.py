@@ -78,6 +78,10 @@ def record(
         agree = None
         if name == "decoder":
             scores, agree = _decoder_scores(executor, exit_layers, signals, tokens_BT)
+            ended = (full.exit_depths["decoder"] == 0).numpy()  # nothing was computed there
+            agree[ended] = False
+            for values in scores.values():
+                values[ended] = 0.0
         else:
             scores = {k: torch.stack(v, 1).numpy() for k, v in seen[name].items()}
         streams[name] = StreamTrace(exit_layers, layers[name], scores, score_at, same_at, agree)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+
+_NOTHING = nullcontext()
 
 
 class Stopwatch:
@@ -23,12 +25,12 @@ class Stopwatch:
         self._enabled = enabled
         self.ms: dict[str, float] = {}
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> AbstractContextManager[None]:
         """Add the time of the block to ``name``."""
-        if not self._enabled:
-            yield
-            return
+        return self._measure(name) if self._enabled else _NOTHING
+
+    @contextmanager
+    def _measure(self, name: str) -> Iterator[None]:
         begin = self._now()
         try:
             yield

@@ -99,7 +99,7 @@ class TorchExecutor:
             return similarity(h_RD[:, None], self.states[layer - 1, index, position][:, None])
         if signal == "gate":
             assert self._exits is not None
-            return self._exits.gate_logit("decoder", layer, h_RD).sigmoid()
+            return self._exits.gate_logit("decoder", layer, h_RD).float().sigmoid()
         assert logits_RV is not None
         return confidence(logits_RV) if signal == "confidence" else margin(logits_RV)
 
@@ -116,8 +116,8 @@ class TorchExecutor:
             chosen: dict[int, int] = {}
             for layer, rows in known.items():
                 order, logits_RV = self._logits[layer]
-                tokens = logits_RV.argmax(-1).tolist()
-                chosen |= {r: t for r, t in zip(order, tokens, strict=True) if r in set(rows)}
+                tokens_of = dict(zip(order, logits_RV.argmax(-1).tolist(), strict=True))
+                chosen |= {row: tokens_of[row] for row in rows}
             if fresh:
                 rows = [r for group in fresh.values() for r in group]
                 branches = [self._branch(k, self._index(group), position) for k, group in fresh.items()]
@@ -135,8 +135,11 @@ class TorchExecutor:
 
     def _process(self, logits_RV: Tensor, index: Index, position: int) -> Tensor:
         for processor in self._processors:
-            logits_RV = processor(self.ids[index, : position + 1], logits_RV)
+            logits_RV = processor(self.ids[index, : position + 1], logits_RV, self._rows(index))
         return logits_RV
+
+    def _rows(self, index: Index) -> Sequence[int]:
+        return range(self.batch)[index] if isinstance(index, slice) else index.tolist()
 
     def _index(self, rows: Sequence[int]) -> Index:
         """Return a slice where rows are consecutive (reads and writes are then views), else a tensor."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_mue.backbones import backbone_config, build_backbone, view
@@ -67,7 +68,6 @@ class MultiExitModule(L.LightningModule):
         self.backbone = view(self.model)
         self.policy = ExitPolicy.full_depth()
         self._score = AnswerScore("exact_match")
-        self._depths: dict[str, list[Tensor]] = {}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Deep supervision; some steps leave the vision and encoder streams early."""
@@ -91,8 +91,8 @@ class MultiExitModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log quality at every exit: ``val/<stream>_<layer>/exact`` is the share of answers that are wholly right.
 
-        Greedy decoding gives the reference exactly if every teacher-forced arg-max along it is right, so nothing needs
-        to be decoded. ``val/exact`` and ``val/loss`` are full depth.
+        Plain greedy decoding gives the first reference exactly if and only if every teacher-forced arg-max along it is
+        right, so nothing needs to be decoded. ``val/exact`` and ``val/loss`` are full depth.
         """
         size = len(batch["labels"])
         options: dict[str, Mapping[str, int]] = {"": {}}
@@ -113,7 +113,7 @@ class MultiExitModule(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Decode under ``self.policy`` and log exact match and mean exit depths."""
         output = self._generate(batch)
-        texts = self.trainer.datamodule.processor.decode(output.sequences[:, 1:])  # type: ignore[attr-defined]
+        texts = self._processor.decode(output.sequences[:, 1:])
         self._score.update(texts, batch["references"])
         self.log("test/exact_match", self._score, batch_size=len(texts))
         for stream, depth in output.exit_depths.items():
@@ -122,7 +122,7 @@ class MultiExitModule(L.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Decode under ``self.policy``; one mapping per sample with ``sample_id``, ``prompt`` and ``answer``."""
         output = self._generate(batch)
-        texts = self.trainer.datamodule.processor.decode(output.sequences[:, 1:])  # type: ignore[attr-defined]
+        texts = self._processor.decode(output.sequences[:, 1:])
         return [
             {"sample_id": i, "prompt": p, "answer": t}
             for i, p, t in zip(batch["sample_id"], batch["prompt"], texts, strict=True)
@@ -136,7 +136,9 @@ class MultiExitModule(L.LightningModule):
             {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
             {"params": others, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=(0.9, 0.98), fused=True)
+        # Under mixed precision Lightning clips gradients only for optimizers that do not unscale them themselves.
+        fused = self.trainer.precision in ("32-true", "bf16-true")
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=(0.9, 0.98), fused=fused)
         warmup = self.hparams["warmup_steps"]
 
         def rate(step: int) -> float:
@@ -159,9 +161,14 @@ class MultiExitModule(L.LightningModule):
         self.model.set_attn_implementation("sdpa")
 
     def on_validation_model_train(self) -> None:
-        """Go back to the training attention."""
+        """Go back to the training attention, if training goes on."""
         super().on_validation_model_train()
-        self.model.set_attn_implementation(self.hparams["attention"])
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.model.set_attn_implementation(self.hparams["attention"])
+
+    def on_train_end(self) -> None:
+        """Leave the model as inference uses it."""
+        self.model.set_attn_implementation("sdpa")
 
     @property
     def exits(self) -> Exits:
@@ -171,13 +178,23 @@ class MultiExitModule(L.LightningModule):
         return exits
 
     @property
-    def _total_steps(self) -> int:
-        return int(self.trainer.estimated_stepping_batches)
+    def _total_steps(self) -> float:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == math.inf:
+            raise ValueError("The schedule needs an end: give the Trainer `max_steps` or `max_epochs`.")
+        return steps
+
+    @property
+    def _processor(self) -> Any:
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(datamodule, "processor"):
+            raise ValueError("`test` and `predict` need a data module with a `processor`, such as ShardsDataModule.")
+        return datamodule.processor
 
     def _generate(self, batch: Batch) -> ExitOutput:
         """Decode under the policy, closed answers only where the data module has them."""
         engine = ExitEngine(self.model, self.policy, check_fingerprint=False)
-        constrain = getattr(self.trainer.datamodule, "answer_constraint", None)  # type: ignore[attr-defined]
+        constrain = getattr(getattr(self.trainer, "datamodule", None), "answer_constraint", None)
         end_id = engine.backbone.decode_settings(None).end_ids[0]
         return engine.generate(prefix_allowed_tokens_fn=constrain(end_id) if constrain else None, **batch)
 

@@ -65,8 +65,8 @@ def objective(
 ) -> Objective:
     """Return the losses of a step.
 
-    Every adapter and gate takes part in every step (with weight zero where it has nothing to learn), so that
-    distributed training never waits for a missing gradient.
+    Every adapter and gate takes part in every step (with weight zero where it has nothing to learn), and in distributed
+    training every parameter, so that it never waits for a missing gradient.
     """
     results, states, streams = supervise(backbone, exits, inputs, labels_BT, depths)
     layers = tuple(results)
@@ -76,7 +76,9 @@ def objective(
     if exits.config.gate and gate_weight:
         gates = gates + _decoder_gates(exits, results, states, labels_BT)
         gates = gates + _stream_gates(backbone, exits, inputs, labels_BT, depths, results, streams)
-    idle = sum(p.sum() for p in exits.parameters()) * 0.0
+    # A stream left early leaves layers of the backbone idle too; DDP would wait for their gradients.
+    module = backbone.model if torch.distributed.is_initialized() else exits
+    idle = sum(p.sum() for p in module.parameters() if p.requires_grad) * 0.0
     return Objective(deep + gate_weight * gates + idle, gates.detach(), by_exit)
 
 

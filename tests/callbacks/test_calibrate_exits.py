@@ -93,7 +93,7 @@ def test_several_loaders(module, make_loader, make_trainer):
     callback = calibrate(keep=0.05)
     loaders = [make_loader(36), make_loader(24, 1, "t")]
     make_trainer(callback).validate(module, loaders, verbose=False)
-    names = {name for depths in callback.decoder.depths.values() for name in depths} | set(callback.trace.sample_ids)
+    names = {*callback.decoder(ExitPolicy.full_depth()).sample_ids, *callback.trace.sample_ids}
     assert len(names) == 60
 
 
@@ -101,3 +101,10 @@ def test_with_a_progress_bar(module, make_loader, make_trainer):
     callback = calibrate(keep=0.05)
     make_trainer(callback, enable_progress_bar=True).validate(module, make_loader(), verbose=False)
     assert callback.policy is not None
+
+
+def test_data_that_may_have_chosen_the_checkpoint_is_named(module, make_loader, make_trainer):
+    callback = calibrate(keep=0.05)
+    make_trainer(callback).validate(module, make_loader(), verbose=False)
+    assert "selection_reused" in callback.policy.certificate.note  # a foreign loader says nothing of its history
+    assert callback.policy.certificate.decode["precision"] == "float32"

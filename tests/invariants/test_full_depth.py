@@ -5,7 +5,7 @@ import torch
 
 from lightning_mue.exits import PREFIX, ExitConfig, attach_exits, detach_exits
 from lightning_mue.inference import ExitEngine
-from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy import Certificate, ExitPolicy, ExitRule
 from tests import zoo
 
 BACKBONES = list(zoo.BACKBONES)
@@ -72,3 +72,47 @@ def test_unsupported_generation_settings_are_refused(name):
     model.generation_config.repetition_penalty = 1.3
     with pytest.raises(ValueError, match="repetition_penalty"):
         ExitEngine(model, ExitPolicy.full_depth()).generate(**zoo.inputs(name, 1))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_constraint_knows_its_row_when_others_have_finished(name):
+    model = zoo.make(name)
+    tensors = zoo.inputs(name, 4)
+
+    def allowed(row, ids):
+        return [10 + row] if len(ids) <= 4 - row else [zoo.END]  # every row ends at another step
+
+    expected = model.generate(**tensors, num_beams=1, do_sample=False, prefix_allowed_tokens_fn=allowed)
+    layers = zoo.exit_layers(name)["decoder"]
+    for policy in (
+        ExitPolicy.full_depth(),
+        ExitPolicy({"decoder": ExitRule("confidence", layers, [0.9] * len(layers))}),
+    ):
+        found = ExitEngine(model, policy).generate(**tensors, prefix_allowed_tokens_fn=allowed)
+        assert found.sequences.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("settings", [{"max_length": 6}, {}, {"max_new_tokens": 3}])
+def test_the_length_is_that_of_generate(name, settings):
+    model = zoo.make(name)
+    tensors = zoo.inputs(name, 2)
+    model.generation_config.max_new_tokens = None
+    for key, value in settings.items():
+        setattr(model.generation_config, key, value)
+    expected = model.generate(**tensors, num_beams=1, do_sample=False)
+    assert ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors).sequences.tolist() == expected.tolist()
+
+
+def test_what_is_not_greedy_is_refused():
+    engine, tensors = ExitEngine(zoo.make("florence2"), ExitPolicy.full_depth()), zoo.inputs("florence2", 1)
+    with pytest.raises(ValueError, match=r"does not do \['num_beams'\]"):
+        engine.generate(**tensors, num_beams=4)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        engine.generate(0, **tensors)
+
+
+def test_a_certified_length_is_kept():
+    model, tensors = zoo.make("florence2"), zoo.inputs("florence2", 2)
+    promise = Certificate("certified", "exact_match", 0.98, 0.95, p_value=0.01, decode={"max_new_tokens": 3})
+    assert ExitEngine(model, ExitPolicy(certificate=promise)).generate(**tensors).sequences.shape[1] == 4

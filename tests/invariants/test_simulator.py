@@ -90,3 +90,17 @@ def test_another_batch_size_records_the_same(traced):
                 steps = np.arange(values.shape[1])[None, :, None] < trace.lengths[:, None, None]
                 values, here = values * steps, here[:, : values.shape[1]] * steps
             np.testing.assert_allclose(here, values, atol=2e-5)
+
+
+def test_what_was_not_computed_is_not_in_the_trace(traced):
+    _, model, tensors, _ = traced
+    ids = [f"s{i:02d}" for i in range(24)]
+
+    def allowed(row, tokens):
+        return [20 + row] if len(tokens) < 2 + row % 5 else [zoo.END]  # rows end at different steps
+
+    trace = record(model, tensors, ids, ids, lambda s: [0.0] * len(s), prefix_fn=allowed)
+    assert trace.lengths.tolist() == [2 + row % 5 for row in range(24)]
+    beyond = np.arange(trace.streams["decoder"].agree.shape[1])[None] >= trace.lengths[:, None]
+    for values in (*trace.streams["decoder"].scores.values(), trace.streams["decoder"].agree):
+        assert not values[beyond].any()

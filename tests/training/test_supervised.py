@@ -87,3 +87,15 @@ def test_gate_loss_balances_classes():
     logits.requires_grad_()
     gate_loss(logits, safe).backward()
     assert logits.grad[:90].sum().item() == pytest.approx(-logits.grad[90:].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("depths", [{}, {"vision": 1}, {"encoder": 2}])
+def test_in_distributed_training_no_parameter_is_without_a_gradient(depths, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = zoo.make("florence2").train()
+        tensors, labels = batch_of("florence2")
+        objective(view(model), attached(model), tensors, labels, depths, "avg+last", 1.0).total.backward()
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
