@@ -2,7 +2,7 @@
 
     python benchmarks/life_cycle.py --ckpt_path runs/easyvqa/last.ckpt --name easyvqa --metric accuracy
 
-Reads ``policy.json`` beside the checkpoint; writes ``benchmarks/results/<name>_<date>.md`` and a page beside it.
+Reads ``policy.json`` beside the checkpoint; writes ``benchmarks/results/<name>_<date>.md``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from targets import device, note, today
 
-from lightning_mue.backbones import num_layers, view
 from lightning_mue.checkpoint import load_checkpoint
 from lightning_mue.data import ShardsDataModule
 from lightning_mue.files import write_text
 from lightning_mue.policy import find_policy
-from lightning_mue.report import print_table, table_markdown, write_html
+from lightning_mue.report import print_table, table_markdown
 from lightning_mue.side_by_side import CALIBRATED, FIRST, FULL, side_by_side
 
 
@@ -60,18 +59,6 @@ def main() -> None:
     text += " - depth hardly matters here, and no saving should be credited to exits.\n" if kept >= 0.99 else ".\n"
     target = Path(__file__).parent / "results" / f"{args.name}_{today()}.md"
     write_text(target, text)
-    write_html(
-        target.with_suffix(".html"),
-        f"Early exit on {args.name}",
-        measured.rows,
-        policy,
-        quality=quality,
-        depths=measured.depths,
-        num_layers=num_layers(view(module.model)),
-        levels=measured.levels,
-        ceiling=measured.ceiling,
-        settings={"device": where, "test samples": len(data.test_samples), "date": today()},
-    )
     command = f"python benchmarks/life_cycle.py --ckpt_path CKPT --name {args.name} --metric {args.metric}"
     full, chosen = rows[FULL], rows[CALIBRATED]
     note(f"{args.name}_full_depth_{args.metric}", full.quality, 0.8, "higher", "share", command, where)
