@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone
 from lightning_mue.backbones.stream import Inputs
@@ -68,14 +69,14 @@ def objective(
     Every adapter and gate takes part in every step (with weight zero where it has nothing to learn), and in distributed
     training every parameter, so that it never waits for a missing gradient.
     """
-    results, states, streams = supervise(backbone, exits, inputs, labels_BT, depths)
+    results, states, _ = supervise(backbone, exits, inputs, labels_BT, depths)
     layers = tuple(results)
     by_exit = {k: r.loss for k, r in results.items()}
     deep = sum(w * by_exit[k] for w, k in zip(exit_weights(weighting, layers), layers, strict=True))
     gates = torch.zeros((), device=labels_BT.device)
     if exits.config.gate and gate_weight:
         gates = gates + _decoder_gates(exits, results, states, labels_BT)
-        gates = gates + _stream_gates(backbone, exits, inputs, labels_BT, depths, results, streams)
+        gates = gates + _stream_gates(backbone, exits, inputs, labels_BT, depths)
     # A stream left early leaves layers of the backbone idle too; DDP would wait for their gradients.
     module = backbone.model if torch.distributed.is_initialized() else exits
     idle = sum(p.sum() for p in module.parameters() if p.requires_grad) * 0.0
@@ -93,28 +94,35 @@ def _decoder_gates(exits: Exits, results: Mapping[int, ExitResult], states: list
 
 
 def _stream_gates(
-    backbone: Backbone,
-    exits: Exits,
-    inputs: Inputs,
-    labels_BT: Tensor,
-    depths: Mapping[str, int],
-    results: Mapping[int, ExitResult],
-    streams: Mapping[str, StreamStates],
+    backbone: Backbone, exits: Exits, inputs: Inputs, labels_BT: Tensor, depths: Mapping[str, int]
 ) -> Tensor:
     """Gate loss of the one stream that was left early in this step.
 
-    The target is "the last decoder layer chooses the same tokens as with all streams at full depth"; a second,
-    gradient-free pass says so. Steps in which several streams are left early teach no gate: the blame is not clear.
+    The target is "the last decoder layer chooses the same tokens as with all streams at full depth". Two gradient-free
+    passes say so, both without dropout, whose noise would make every exit look harmful. Steps in which several streams
+    are left early teach no gate: the blame is not clear.
     """
     if len(depths) != 1:
         return torch.zeros((), device=labels_BT.device)
     stream, depth = next(iter(depths.items()))
     last = backbone.decoder.num_layers
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(backbone.model):
+        early, _, states = supervise(backbone, exits, inputs, labels_BT, depths)
         full, _, _ = supervise(backbone, exits, inputs, labels_BT, {})
-    same_N = results[last].tokens_N == full[last].tokens_N
     counts = labels_BT != IGNORE
     differs_BT = torch.zeros_like(counts)
-    differs_BT[counts] = ~same_N
-    states = streams[stream]
-    return gate_loss(exits.gate_logit(stream, depth, states.at_exit[depth], states.valid_BT), ~differs_BT.any(1))
+    differs_BT[counts] = early[last].tokens_N != full[last].tokens_N
+    found = states[stream]
+    return gate_loss(exits.gate_logit(stream, depth, found.at_exit[depth], found.valid_BT), ~differs_BT.any(1))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode for a moment; modules that a user froze in eval mode stay so."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

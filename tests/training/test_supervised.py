@@ -99,3 +99,23 @@ def test_in_distributed_training_no_parameter_is_without_a_gradient(depths, tmp_
         assert all(p.grad is not None for p in model.parameters())
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_dropout_does_not_blame_an_exit(monkeypatch):
+    """Leaving at the last exit of a stream whose last layer is the identity is harmless, whatever dropout draws."""
+    model = zoo.make("florence2").train()
+    for module in model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.3
+    tensors, labels = batch_of("florence2")
+    exits = attached(model)
+    monkeypatch.setattr(type(exits), "adapt", lambda self, stream, k, h: h)
+    stream = view(model).encoders[1]
+    monkeypatch.setattr(type(stream), "layer", lambda self, k, state: state.h_BTD)  # depth changes nothing
+    seen = []
+    monkeypatch.setattr(
+        "lightning_mue.training.objective.gate_loss", lambda logits, safe: seen.append(safe) or logits.sum()
+    )
+    objective(view(model), exits, tensors, labels, {"encoder": 1}, "avg+last", 1.0)
+    assert model.training
+    assert seen[-1].all()
