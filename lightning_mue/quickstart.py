@@ -22,7 +22,7 @@ from lightning_mue.lightning_cli import MueCLI, run
 from lightning_mue.report import print_table, table_markdown, write_html
 from lightning_mue.side_by_side import SideBySide, side_by_side
 
-PICTURES = {"train": 12_000, "val": 2_000, "test": 400}
+PICTURES = {"train": 9_000, "val": 2_000, "test": 400}
 
 # What two minutes on one core can learn, from one shape to lists of up to four. Training sees many questions on each
 # picture; calibration and test see two, for questions on one picture count as one cluster.
@@ -77,7 +77,7 @@ def _finish(
     assert policy is not None
     datamodule.setup("test")
     say("comparing: every variant answers the same unseen pictures in turn")
-    measured: SideBySide = side_by_side(model, policy, datamodule, calibration.metric)
+    measured: SideBySide = side_by_side(model, policy, datamodule, calibration.metric, timed_samples=40)
     table = table_markdown(measured.rows, calibration.metric.replace("_", " "))
     say("mue freeze, mue.load, mue generate: the bundle answers for one picture")
     bundle = freeze(model, policy, out / "bundle", datamodule.processor, table)
