@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from lightning_mue import lightning_cli
 from lightning_mue.backbones import fingerprint
+from lightning_mue.callbacks import obey_policy
 from lightning_mue.checkpoint import load_checkpoint
 from lightning_mue.cli import LIGHTNING, OWN
 from lightning_mue.data.shards import BadSamples, read_shards
@@ -108,7 +108,7 @@ def test_the_policy_belongs_to_the_checkpoints_weights(calibrated_once):
 def said(monkeypatch):
     """What the command says through Lightning's log."""
     lines = []
-    monkeypatch.setattr(lightning_cli, "rank_zero_info", lines.append)
+    monkeypatch.setattr(obey_policy, "rank_zero_info", lines.append)
     return lines
 
 
