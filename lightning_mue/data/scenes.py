@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import tarfile
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw
 from rich.progress import track
 
 from lightning_mue.data.questions import COLOURS, CURTAIN, SHAPES, Grid, captions, questions, statements
+from lightning_mue.files import write_bytes
 
 SAMPLES_PER_SHARD = 1000
 GENERATOR = "lightning_mue.scenes/1"
@@ -195,7 +195,7 @@ def write_scenes(
     entry = index["splits"].pop(split, None)
     if entry and entry["arguments"] == arguments and all(shard.exists() for shard in shards):
         return shards
-    _write_aside(folder / "index.json", json.dumps(index, indent=1).encode())
+    write_bytes(folder / "index.json", json.dumps(index, indent=1).encode())
     for stale in folder.glob(f"{split}-*.tar"):
         stale.unlink()
     asked = 0
@@ -203,7 +203,7 @@ def write_scenes(
         first = k * SAMPLES_PER_SHARD
         count = min(SAMPLES_PER_SHARD, samples - first)
         data, questions_here = _shard(seed, _FIRST_INDEX[split] + first, count, size, mix)
-        _write_aside(shard, data)
+        write_bytes(shard, data)
         asked += questions_here
     names = [shard.name for shard in shards]
     index["splits"][split] = {
@@ -213,7 +213,7 @@ def write_scenes(
         "shards": names,
         "arguments": arguments,
     }
-    _write_aside(folder / "index.json", json.dumps(index, indent=1).encode())
+    write_bytes(folder / "index.json", json.dumps(index, indent=1).encode())
     return shards
 
 
@@ -243,9 +243,3 @@ def _shard(seed: int, first: int, count: int, size: int, mix: SceneMix) -> tuple
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return buffer.getvalue(), asked
-
-
-def _write_aside(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(data)
-    os.replace(aside, path)
