@@ -12,7 +12,7 @@ import numpy as np
 
 from lightning_mue.calibration.pvalues import betting_p, binomial_p
 
-METRICS = ("accuracy", "exact_match", "consistency")
+METRICS = ("accuracy", "exact_match", "exact_text", "vqa_accuracy", "anls", "character_accuracy", "consistency")
 """What can be promised: a fraction of the full-depth score (per-sample, in [0, 1]), or identical outputs."""
 
 UPPER = 1.0
