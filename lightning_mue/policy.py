@@ -22,12 +22,18 @@ SIGNAL_RANGES: dict[str, tuple[float, float]] = {
     "similarity": (-1.0, 1.0),
     "confidence": (0.0, 1.0),
     "margin": (0.0, 1.0),
+    "entropy": (0.0, 1.0),
     "gate": (0.0, 1.0),
     "static": (0.0, 1.0),
+    "patience": (1.0, math.inf),
+    "flat_similarity": (-1.0, 1.0),
 }
-"""Every signal and the range of its scores; higher = safer. ``static`` always scores 1: it makes a fixed depth."""
+"""Every signal and the range of its scores; higher = safer. ``static`` always scores 1: it makes a fixed depth.
+``patience`` counts the exits in a row that agree; ``flat_similarity`` judges a whole batch at once (MuE's code)."""
 
-KV_FILLS = ("just-in-time",)
+KV_FILLS = ("just-in-time", "propagate", "copy")
+"""How positions get K/V in layers they had left before: computed (DEED, exact); their last state is passed up and
+projected by each layer's own weights (CALM); or the projected K/V are copied up (MuE's code)."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,32 @@ class ExitRule:
     """Leave a stream after ``layers[i]`` (counted from 1) if the signal's score is at least ``thresholds[i]``.
 
     A threshold lies in the signal's range, or is ``inf``: that exit is never taken. Layers not named are never exits.
+
+    Args:
+        signal: what scores.
+        layers: exit layers, rising.
+        thresholds: one for each.
+        decay: decoder only, ``(beta, tau)``: at step ``t`` of at most ``N`` the threshold is
+            ``beta * threshold + (1 - beta) * exp(-tau * t / N)``, so that early tokens, on which others build, leave
+            later (CALM, equation 5; MuE, section 3.2).
+        from_step: decoder only: no exit before this step (MuE's code protects the first third).
     """
 
     signal: str
     layers: tuple[int, ...]
     thresholds: tuple[float, ...]
+    decay: tuple[float, float] | None = None
+    from_step: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(k) for k in self.layers))
         object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
+        if self.decay is not None:
+            object.__setattr__(self, "decay", tuple(float(number) for number in self.decay))
+            if len(self.decay) != 2 or not (0 <= self.decay[0] <= 1 and 0 <= self.decay[1] < math.inf):
+                raise ValueError(f"`decay` must be (beta in [0, 1], tau >= 0), got {self.decay}")
+        if self.from_step < 0:
+            raise ValueError(f"`from_step` must be 0 or more, got {self.from_step}")
         if self.signal not in SIGNAL_RANGES:
             raise ValueError(f"`signal` must be one of {sorted(SIGNAL_RANGES)}, got {self.signal!r}")
         if len(self.layers) != len(self.thresholds) or not self.layers:
@@ -59,9 +82,20 @@ class ExitRule:
         """Return the rule that always leaves after layer ``depth``."""
         return cls("static", (depth,), (0.0,))
 
-    def threshold_at(self, layer: int) -> float | None:
-        """Return the threshold of ``layer``, or None if it is no exit."""
-        return self.thresholds[self.layers.index(layer)] if layer in self.layers else None
+    @property
+    def reachable(self) -> dict[int, float]:
+        """Exit layer -> threshold, exits that are never taken left out."""
+        return {k: t for k, t in zip(self.layers, self.thresholds, strict=True) if t < math.inf}
+
+    def thresholds_at(self, step: int, steps: int) -> dict[int, float]:
+        """Return exit layer -> threshold at decoding step ``step`` (from 0) of at most ``steps``."""
+        if step < self.from_step:
+            return {}
+        if self.decay is None:
+            return self.reachable
+        beta, tau = self.decay
+        rise = (1 - beta) * math.exp(-tau * step / steps)
+        return {k: beta * t + rise for k, t in self.reachable.items()}
 
 
 @dataclass(frozen=True)
@@ -115,13 +149,17 @@ class ExitPolicy:
 
     Args:
         rules: stream name -> rule.
-        kv_fill: how deeper K/V of earlier tokens come to be; ``just-in-time`` is exact (DEED).
+        kv_fill: how deeper K/V of earlier tokens come to be; ``just-in-time`` is exact (DEED). The others are cheaper
+            approximations.
+        backlog: with them, so many of the latest positions are still computed exactly; only those further back are
+            filled.
         fingerprint: of the weights the thresholds belong to; the engine refuses others. None: any weights.
         certificate: None means uncalibrated.
     """
 
     rules: Mapping[str, ExitRule] = field(default_factory=dict)
     kv_fill: str = "just-in-time"
+    backlog: int = 0
     fingerprint: str | None = None
     certificate: Certificate | None = None
 
@@ -129,7 +167,14 @@ class ExitPolicy:
         object.__setattr__(self, "rules", dict(sorted(self.rules.items())))
         if self.kv_fill not in KV_FILLS:
             raise ValueError(f"`kv_fill` must be one of {list(KV_FILLS)}, got {self.kv_fill!r}")
+        if self.backlog < 0 or (self.backlog and self.kv_fill == "just-in-time"):
+            raise ValueError(
+                f"`backlog` bounds what is computed before K/V are filled by 'propagate' or 'copy', got {self.backlog} "
+                f"with {self.kv_fill!r}"
+            )
         for stream, rule in self.rules.items():
+            if stream != "decoder" and (rule.decay is not None or rule.from_step):
+                raise ValueError(f"`decay` and `from_step` count decoding steps; {stream!r} is left once per sample")
             low, high = SIGNAL_RANGES[rule.signal]
             for threshold in rule.thresholds:
                 if not (low <= threshold <= high or threshold == math.inf):
@@ -154,19 +199,23 @@ class ExitPolicy:
             return "full depth"
         parts = []
         for stream, rule in self.rules.items():
-            layers = ", ".join(str(k) for k, t in zip(rule.layers, rule.thresholds, strict=True) if t < math.inf)
+            layers = ", ".join(str(k) for k in rule.reachable)
             parts.append(
                 f"{stream}: {rule.signal} at {layers}" if rule.signal != "static" else f"{stream}: static {layers}"
             )
+        if self.kv_fill != "just-in-time":
+            parts.append(f"K/V: {self.kv_fill}" + (f" beyond {self.backlog}" if self.backlog else ""))
         return "; ".join(parts)
 
     def to_json(self) -> str:
         """Return the policy as canonical JSON (sorted keys; ``inf`` as null): equal policies give equal bytes."""
-        rules = {
+        rules: dict[str, dict[str, Any]] = {
             name: {
                 "signal": r.signal,
                 "layers": list(r.layers),
                 "thresholds": [None if t == math.inf else t for t in r.thresholds],
+                "decay": list(r.decay) if r.decay is not None else None,
+                "from_step": r.from_step,
             }
             for name, r in self.rules.items()
         }
@@ -174,6 +223,7 @@ class ExitPolicy:
             "schema": SCHEMA,
             "rules": rules,
             "kv_fill": self.kv_fill,
+            "backlog": self.backlog,
             "fingerprint": self.fingerprint,
             "certificate": asdict(self.certificate) if self.certificate else None,
         }
@@ -196,12 +246,16 @@ class ExitPolicy:
         try:
             rules = {
                 name: ExitRule(
-                    r["signal"], tuple(r["layers"]), tuple(math.inf if t is None else t for t in r["thresholds"])
+                    r["signal"],
+                    tuple(r["layers"]),
+                    tuple(math.inf if t is None else t for t in r["thresholds"]),
+                    tuple(r["decay"]) if r.get("decay") is not None else None,
+                    r.get("from_step", 0),
                 )
                 for name, r in data["rules"].items()
             }
             certificate = Certificate(**data["certificate"]) if data.get("certificate") else None
-            return cls(rules, data["kv_fill"], data["fingerprint"], certificate)
+            return cls(rules, data["kv_fill"], data.get("backlog", 0), data["fingerprint"], certificate)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} must be a policy; an entry is missing or of another kind: {error}") from error
 

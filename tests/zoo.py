@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ IMAGE_TOKENS = 5
 START, END, PAD = 2, 3, 0
 
 
-def tiny_florence2() -> nn.Module:
+def tiny_florence2(text_model: str = "bart") -> nn.Module:
     text = {
-        "model_type": "bart",
+        "model_type": text_model,
         "vocab_size": VOCABULARY,
         "d_model": 32,
         "encoder_layers": 4,
@@ -79,25 +80,50 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tens
         florence2_inputs,
         {"vision": [1, 2, 3], "encoder": [1, 2, 3], "decoder": [1, 2, 3, 4]},
     ),
+    "florence2_prenorm": (
+        partial(tiny_florence2, "mbart"),
+        florence2_inputs,
+        {"vision": [1, 3], "encoder": [1, 3], "decoder": [1, 2, 4]},
+    ),
+    "florence2_decomposed": (
+        partial(tiny_florence2, "mbart"),
+        florence2_inputs,
+        {"vision": [1, 3], "image": [1, 2, 3], "text": [1, 3], "decoder": [1, 2, 4]},
+    ),
+    "florence2_one_way": (
+        tiny_florence2,
+        florence2_inputs,
+        {"vision": [1, 3], "image": [1, 3], "text": [1, 2, 3], "decoder": [1, 2, 4], "text_reads_image": True},
+    ),
 }
+"""Name -> model, inputs, and what its ``ExitConfig`` says."""
 
 
 def make(name: str, seed: int = 0, exits: bool = True) -> nn.Module:
     """Return a tiny model in eval mode, with exits whose adapters and gates are not zero (or none)."""
     torch.manual_seed(seed)
-    build, _, layers = BACKBONES[name]
-    model = build()
+    model = BACKBONES[name][0]()
     if exits:
-        attached = attach_exits(model, ExitConfig(**layers, adapter_width=8, gate_width=8))
+        attached = attach_exits(model, exit_config(name))
         with torch.no_grad():
             for parameter in attached.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
 
 
+@cache
+def shared(name: str, seed: int = 0) -> nn.Module:
+    """Return the same model every time, without gradients, for tests that leave it as it was."""
+    return make(name, seed).requires_grad_(False)
+
+
 def inputs(name: str, batch: int, seed: int = 0) -> dict[str, Tensor]:
     return BACKBONES[name][1](batch, seed)
 
 
-def exit_layers(name: str) -> dict[str, list[int]]:
-    return BACKBONES[name][2]
+def exit_config(name: str) -> ExitConfig:
+    return ExitConfig(**BACKBONES[name][2], adapter_width=8, gate_width=8)
+
+
+def exit_layers(name: str) -> dict[str, tuple[int, ...]]:
+    return exit_config(name).layers()

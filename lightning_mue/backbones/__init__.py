@@ -3,9 +3,10 @@
 from lightning_mue.backbones.load import backbone_config, build_backbone, fingerprint
 from lightning_mue.backbones.stream import Backbone, DecoderStream, DecodeSettings, EncoderStream, StreamState
 from lightning_mue.backbones.stream import num_layers as num_layers
-from lightning_mue.backbones.view import view
+from lightning_mue.backbones.view import EXITS, view
 
 __all__ = [
+    "EXITS",
     "Backbone",
     "DecodeSettings",
     "DecoderStream",

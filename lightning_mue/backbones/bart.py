@@ -1,7 +1,12 @@
-"""The BART decoder of transformers as a decoder stream: the layers themselves, fed with our K/V buffers."""
+"""The BART family's decoder as a decoder stream: the layers of transformers themselves, fed with our K/V buffers.
+
+BART is post-norm, mBART pre-norm with a final norm; they are alike in all else that matters here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +17,18 @@ from transformers import EncoderDecoderCache
 from lightning_mue.backbones.stream import LayerKV
 
 
+def is_prenorm(stack: Any) -> bool:
+    """Whether the layers of a BART or mBART encoder or decoder norm their input instead of their output."""
+    return hasattr(stack, "layer_norm")
+
+
+def final_norm(stack: Any) -> nn.Module:
+    """Return what an encoder or decoder applies after its last layer."""
+    return stack.layer_norm if is_prenorm(stack) else nn.Identity()
+
+
 class _LayerCache(EncoderDecoderCache):
-    """Hands one layer's K/V to ``BartAttention``, which asks an encoder-decoder cache for them.
+    """Hands one layer's K/V to the layer's attention, which asks an encoder-decoder cache for them.
 
     ``is_updated`` says that the memory is already projected, so that the layer reads ``memory_kv``'s result.
     """
@@ -27,22 +42,24 @@ class _LayerCache(EncoderDecoderCache):
 
 
 class BartDecoderStream:
-    """A ``BartDecoder`` and the head above it.
+    """A ``BartDecoder`` or ``MBartDecoder`` and the head above it.
 
     Args:
-        decoder: the backbone's ``BartDecoder``.
+        decoder: the backbone's decoder.
         head: the vocabulary head.
     """
 
-    def __init__(self, decoder: Any, head: nn.Module) -> None:
+    def __init__(self, decoder: Any, head: nn.Linear) -> None:
         self._decoder = decoder
         self._head = head
+        self._norm, self._prenorm = final_norm(decoder), is_prenorm(decoder)
         config = self._decoder.config
         self.num_layers = len(self._decoder.layers)
         self.width = config.d_model
         self.num_heads = config.decoder_attention_heads
         self.head_dim = config.d_model // config.decoder_attention_heads
         self.max_positions = config.max_position_embeddings
+        self.vocab_size = head.out_features
 
     def embed(self, ids_BT: Tensor, first: int) -> Tensor:
         """Token and position embeddings, as ``BartDecoder.forward`` adds them."""
@@ -52,12 +69,14 @@ class BartDecoderStream:
         h_BTD = decoder.layernorm_embedding(h_BTD)
         return nn.functional.dropout(h_BTD, p=decoder.dropout, training=decoder.training)
 
+    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of layer ``k``'s self-attention, of its normed input where the layer is pre-norm."""
+        layer = self._decoder.layers[k - 1]
+        return self._project(layer.self_attn, layer.self_attn_layer_norm(h_BTD) if self._prenorm else h_BTD)
+
     def memory_kv(self, k: int, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s cross-attention."""
-        attention = self._decoder.layers[k - 1].encoder_attn
-        shape = (*memory_BSD.shape[:2], self.num_heads, self.head_dim)
-        key, value = (proj(memory_BSD).view(shape).transpose(1, 2) for proj in (attention.k_proj, attention.v_proj))
-        return key, value
+        return self._project(self._decoder.layers[k - 1].encoder_attn, memory_BSD)
 
     def cached_layer(
         self, k: int, h_BTD: Tensor, kv: LayerKV, self_mask: Tensor | None, memory_mask: Tensor | None
@@ -81,9 +100,19 @@ class BartDecoderStream:
         )
 
     def norm(self, h_BTD: Tensor) -> Tensor:
-        """BART is post-norm: nothing is left to apply."""
-        return h_BTD
+        """The final norm; nothing is left to apply where layers are post-norm."""
+        return self._norm(h_BTD)
 
     def head(self, h_BTD: Tensor) -> Tensor:
         """Vocabulary logits."""
         return self._head(h_BTD)
+
+    def head_rows(self, ids_S: Tensor) -> Callable[[Tensor], Tensor]:
+        """Rows of the head's matrix."""
+        bias = None if self._head.bias is None else self._head.bias[ids_S]
+        return partial(nn.functional.linear, weight=self._head.weight[ids_S], bias=bias)
+
+    def _project(self, attention: Any, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (*h_BTD.shape[:2], self.num_heads, self.head_dim)
+        key, value = (proj(h_BTD).view(shape).transpose(1, 2) for proj in (attention.k_proj, attention.v_proj))
+        return key, value

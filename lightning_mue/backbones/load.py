@@ -16,7 +16,9 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
 
     Args:
         source: a module (returned as it is), a folder or hub name (``from_pretrained``), or a config as a mapping with
-            ``model_type`` (random weights). A ``generation_config`` entry of the mapping becomes the model's.
+            ``model_type`` (random weights). A ``generation_config`` entry of the mapping becomes the model's;
+            ``position_std`` is the standard deviation of learned position embeddings. (The configs' own is that of all
+            weights, some 0.02; beside normed image features of 1 the model then hardly knows where things are.)
 
     Raises:
         ValueError: a mapping without ``model_type``.
@@ -24,14 +26,19 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
     if isinstance(source, str):
-        return AutoModelForImageTextToText.from_pretrained(source)
+        # What is kept in float16 does not train in it; and transformers loads into eval mode, which Lightning would keep.
+        return AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).train()
     settings = dict(source)
     if "model_type" not in settings:
         raise ValueError(f"A backbone config needs `model_type` (such as 'florence2'), got the keys {sorted(settings)}")
-    generation = settings.pop("generation_config", None)
+    generation, position_std = settings.pop("generation_config", None), settings.pop("position_std", None)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings))
     if generation:
         model.generation_config = GenerationConfig(**generation)
+    if position_std is not None:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding) and "position" in name:
+                nn.init.normal_(module.weight, std=position_std)
     return model
 
 

@@ -10,7 +10,13 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoProcessor, CLIPImageProcessor, Florence2Processor, PreTrainedTokenizerFast
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessor,
+    DetrImageProcessor,
+    Florence2Processor,
+    PreTrainedTokenizerFast,
+)
 
 IGNORE = -100
 """Label of positions that no loss counts."""
@@ -33,9 +39,14 @@ class Processor:
         return dict(self.processor(images=pictures, text=list(text), return_tensors="pt", padding=True))
 
     def labels(self, text: Sequence[str]) -> Tensor:
-        """Return the token ids of answers, each ended by the end token and padded with -100: ``[B, T]``."""
-        ids = self.tokenizer(list(text), add_special_tokens=False)["input_ids"]
-        rows = [torch.tensor([*row, self.tokenizer.eos_token_id]) for row in ids]
+        """Return the token ids of answers, each ended by the end token and padded with -100: ``[B, T]``.
+
+        A pretrained tokenizer frames them as its model knows them (BART's answers begin with ``<s>``).
+        """
+        end = self.tokenizer.eos_token_id
+        rows = [
+            torch.tensor(row if row[-1:] == [end] else [*row, end]) for row in self.tokenizer(list(text))["input_ids"]
+        ]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
     def decode(self, sequences: Tensor) -> list[str]:
@@ -49,18 +60,36 @@ class Processor:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Processor:
-        """Read a folder written by ``save``, or a hub name."""
-        return cls(AutoProcessor.from_pretrained(folder))
+        """Read a folder written by ``save`` or ``save_pretrained``, or a hub name.
+
+        Raises:
+            ValueError: there is no processor of pictures and texts.
+        """
+        try:
+            processor = AutoProcessor.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the processor must be a folder written by `save_pretrained` or a hub name that can be reached, got "
+                f"{str(folder)!r}: {str(error).splitlines()[0]}"
+            ) from error
+        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+            raise ValueError(
+                f"{str(folder)!r} holds no processor of pictures and texts but a {type(processor).__name__}"
+            )
+        return cls(processor)
 
 
-def build_processor(tokenizer_json: str, image_size: int, image_tokens: int) -> Processor:
+def build_processor(
+    tokenizer_json: str, image_size: int | Sequence[int], image_tokens: int, keep_aspect: bool = False
+) -> Processor:
     """Return a Florence-2 processor around a trained tokenizer.
 
     Args:
         tokenizer_json: from ``lightning_mue.data.tokenizer.train_tokenizer`` (special tokens ``<pad> <s> </s> <unk>
             <image>``).
-        image_size: pictures are resized to this many pixels a side.
+        image_size: pictures are resized to this many pixels a side, or to ``[height, width]``.
         image_tokens: tokens that the backbone's projector makes of a picture.
+        keep_aspect: resize to fit inside, and pad at the right and below, instead of stretching.
     """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer_json),
@@ -70,6 +99,12 @@ def build_processor(tokenizer_json: str, image_size: int, image_tokens: int) -> 
         unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
     )
-    side = {"height": image_size, "width": image_size}
-    image_processor = CLIPImageProcessor(size=side, do_center_crop=False, image_seq_length=image_tokens)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = {"height": height, "width": width}
+    image_processor: CLIPImageProcessor | DetrImageProcessor
+    if keep_aspect:
+        limits = {"max_height": height, "max_width": width}
+        image_processor = DetrImageProcessor(size=limits, pad_size=size, do_pad=True, image_seq_length=image_tokens)
+    else:
+        image_processor = CLIPImageProcessor(size=size, do_center_crop=False, image_seq_length=image_tokens)
     return Processor(Florence2Processor(image_processor=image_processor, tokenizer=tokenizer))

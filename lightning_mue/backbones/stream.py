@@ -7,13 +7,19 @@ module of the backbone. Shapes: ``B`` batch, ``T`` positions, ``D`` width, ``S``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Inputs = Mapping[str, Any]
+Outputs = Mapping[str, Tensor]
+"""Stream name -> what its epilogue gave, of the streams that have run."""
+
+EncoderKind = Literal["joint", "decomposed", "one-way"]
+"""How image and text meet in the encoder: all tokens together as pretrained; each modality alone through the same
+layers (MuE, section 3.1); or so, but text reads the states with which the image left."""
 TokenProcessor = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """(ids so far ``[R, t]``, logits ``[R, V]``, the batch's row of each) -> logits."""
 
@@ -26,33 +32,41 @@ class StreamState:
         h_BTD: the states.
         valid_BT: True at real tokens, None if all are.
         mask: additive attention mask, batch first, or None.
+        beside_BSD: states of another stream that the layers read, batch first, or None.
+        grid: height and width of the picture that the positions make up, where the layers need it.
     """
 
     h_BTD: Tensor
     valid_BT: Tensor | None = None
     mask: Tensor | None = None
+    beside_BSD: Tensor | None = None
+    grid: tuple[int, int] | None = None
 
     def rows(self, index: Tensor) -> StreamState:
         """Return the state of the rows at ``index`` alone."""
         pick = lambda t: None if t is None else t[index]  # noqa: E731
-        return StreamState(self.h_BTD[index], pick(self.valid_BT), pick(self.mask))
+        return StreamState(self.h_BTD[index], pick(self.valid_BT), pick(self.mask), pick(self.beside_BSD), self.grid)
+
+    def at(self, h_BTD: Tensor) -> StreamState:
+        """Return the same rows with other states."""
+        return replace(self, h_BTD=h_BTD)
 
 
 class EncoderStream(Protocol):
-    """A stream left once per sample (vision, encoder)."""
+    """A stream left once per sample (vision, encoder, image, text)."""
 
     name: str
     num_layers: int
     width: int
 
-    def prologue(self, inputs: Inputs, before: Tensor | None) -> StreamState:
-        """Return the states that enter layer 1; ``before`` is the epilogue of the stream before this one."""
+    def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
+        """Return the states that enter layer 1; ``done`` holds what the streams before this one gave."""
 
     def layer(self, k: int, state: StreamState) -> Tensor:
         """Run layer ``k`` (counted from 1) and return the new states ``[B, T, D]``."""
 
-    def epilogue(self, h_BTD: Tensor) -> Tensor:
-        """Return what the next stream (or the decoder) reads."""
+    def epilogue(self, state: StreamState) -> Tensor:
+        """Return what later streams (or the decoder) read."""
 
 
 class LayerKV(Protocol):
@@ -73,9 +87,13 @@ class DecoderStream(Protocol):
     num_heads: int
     head_dim: int
     max_positions: int
+    vocab_size: int
 
     def embed(self, ids_BT: Tensor, first: int) -> Tensor:
         """Return the states that enter layer 1 for tokens at positions ``first, first + 1, ...``."""
+
+    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Project states that enter layer ``k`` for its self-attention: K and V, each ``[B, heads, T, d]``."""
 
     def memory_kv(self, k: int, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Project the memory for layer ``k``'s cross-attention: K and V, each ``[B, heads, S, d]``."""
@@ -95,6 +113,9 @@ class DecoderStream(Protocol):
 
     def head(self, h_BTD: Tensor) -> Tensor:
         """Return vocabulary logits ``[..., V]``."""
+
+    def head_rows(self, ids_S: Tensor) -> Callable[[Tensor], Tensor]:
+        """Gather some rows of the head; return what maps normed states to the logits of these tokens, ``[..., S]``."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,12 @@ class Backbone(Protocol):
     @property
     def generate_inputs(self) -> tuple[str, ...]:
         """Names of the tensors that ``generate`` reads."""
+
+    def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
+        """Return the ids of the model library's own ``generate``, as a baseline."""
+
+    def memory(self, done: Outputs) -> Tensor:
+        """Return what the decoder reads, ``[B, S, D]``."""
 
     def memory_mask(self, inputs: Inputs) -> Tensor | None:
         """Return the additive mask ``[B, 1, 1, S]`` of the decoder's cross-attention, or None."""

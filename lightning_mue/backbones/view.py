@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import Florence2ForConditionalGeneration
 
 from lightning_mue.backbones.florence2 import Florence2View
-from lightning_mue.backbones.stream import Backbone
+from lightning_mue.backbones.stream import Backbone, EncoderKind
+
+EXITS = "mue_exits"
+"""Name of the submodule that holds a model's exits, and so the prefix of every new ``state_dict`` key."""
 
 
-def view(model: nn.Module) -> Backbone:
+def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
     """Return the streams of a supported model; its weights and modules stay untouched.
+
+    Args:
+        model: a supported model.
+        encoder: how image and text meet; if not given, as the attached exits say, else jointly.
 
     Raises:
         TypeError: the model's class has no view.
     """
     if isinstance(model, Florence2ForConditionalGeneration):
-        return Florence2View(model)
+        exits: Any = getattr(model, EXITS, None)
+        return Florence2View(model, encoder or (exits.encoder if exits is not None else "joint"))
     raise TypeError(f"{type(model).__name__} has no view; supported: Florence2ForConditionalGeneration.")

@@ -2,6 +2,7 @@
 
 Exact for the decoder while its tokens agree (just-in-time caches make states equal full-depth ones); vision and
 encoder exits are taken one stream at a time from the trace and their effects added. It proposes, it never certifies.
+What a trace cannot tell is refused: other K/V fills, thresholds that change with the step, signals of several exits.
 Axes: ``n`` samples, ``T`` decoding steps, ``E`` exits of a stream; a *column* is an exit's index, ``E`` = full depth.
 """
 
@@ -62,8 +63,11 @@ def simulate(trace: Trace, policy: ExitPolicy, latency: LatencyTable) -> Simulat
     streams' changes, clipped to [0, 1]. Streams that the trace does not hold cost nothing here.
 
     Raises:
-        ValueError: the policy names a stream, signal or layer the trace does not hold, or costs were not measured.
+        ValueError: the policy names a stream, signal or layer the trace does not hold, it cannot be simulated, or costs
+            were not measured.
     """
+    if policy.kv_fill != "just-in-time":
+        raise ValueError(f"`kv_fill={policy.kv_fill!r}` changes states and cannot be simulated; decode with the engine")
     unknown = sorted(set(policy.rules) - set(trace.streams))
     if unknown:
         raise ValueError(f"The policy has rules for streams {unknown}, the trace holds {sorted(trace.streams)}")
@@ -81,8 +85,9 @@ def simulate_stream(trace: Trace, name: str, rule: ExitRule | None, latency: Lat
     """Predict what ``rule`` alone would do to stream ``name``; None is full depth.
 
     Raises:
-        ValueError: the rule does not fit the trace, or a cost was not measured.
+        ValueError: the rule does not fit the trace, cannot be simulated, or a cost was not measured.
     """
+    _check_rule(name, rule)
     stream = trace.streams[name]
     thresholds = _thresholds(stream, name, rule)
     costs: Mapping[str, float]
@@ -146,6 +151,19 @@ def _just_in_time(depth: np.ndarray, num_layers: int, cost: DecoderLatency) -> t
         frontier[reached] = t + 1
     ms += cost.cross_ms * np.count_nonzero(frontier, axis=1)  # projected when a layer is first reached
     return ms, frontier.sum(axis=1)
+
+
+def _check_rule(name: str, rule: ExitRule | None) -> None:
+    """Refuse what one exit's score in one full-depth pass does not decide."""
+    if rule is None:
+        return
+    if rule.decay is not None or rule.from_step:
+        asked = "`decay` and `from_step` change thresholds with the step"
+    elif rule.signal in ("patience", "flat_similarity"):
+        asked = f"signal {rule.signal!r} is no score of one exit and one sample"
+    else:
+        return
+    raise ValueError(f"The rule of stream {name!r} cannot be simulated: {asked}; decode with the engine")
 
 
 def _thresholds(stream: StreamTrace, name: str, rule: ExitRule | None) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Exits: configuration, adapters, gates, and how they hang on a backbone."""
 
-from lightning_mue.exits.attach import PREFIX, Exits, attach_exits, attached, detach_exits
+from lightning_mue.exits.attach import Exits, attach_exits, attached, detach_exits
 from lightning_mue.exits.config import ExitConfig
+from lightning_mue.exits.exits_file import load_exits, save_exits
 
-__all__ = ["PREFIX", "ExitConfig", "Exits", "attach_exits", "attached", "detach_exits"]
+__all__ = ["ExitConfig", "Exits", "attach_exits", "attached", "detach_exits", "load_exits", "save_exits"]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lightning_mue.backbones.stream import EncoderKind
+
 AdapterKind = Literal["bottleneck", "linear", "none"]
 
 
@@ -16,21 +18,31 @@ class ExitConfig:
     Args:
         vision: exit layers of the vision stream.
         encoder: exit layers of the encoder.
+        image: exit layers of the encoder's image tokens. Naming ``image`` or ``text`` decomposes the encoder: each
+            modality goes through its layers alone (MuE). That changes the function, in training and inference alike.
+        text: exit layers of the encoder's text tokens.
+        text_reads_image: with a decomposed encoder, text reads the states with which the image left.
         decoder: exit layers of the decoder.
         adapter: map before the shared norm and head at each exit, zero at the start and off the trunk:
             ``bottleneck`` (residual MLP), ``linear`` (residual linear) or ``none``.
         adapter_width: hidden units of a bottleneck.
         gate: whether each exit gets a small classifier that says "leaving here is safe".
         gate_width: its hidden units.
+        shortlist: the decoder's gates also see how sure the exit is: its top two probabilities over this many tokens,
+            those most frequent in the training labels. A cheap stand-in for the margin over the vocabulary; 0 is none.
     """
 
     vision: Sequence[int] = field(default_factory=list)
     encoder: Sequence[int] = field(default_factory=list)
+    image: Sequence[int] = field(default_factory=list)
+    text: Sequence[int] = field(default_factory=list)
     decoder: Sequence[int] = field(default_factory=list)
     adapter: AdapterKind = "bottleneck"
     adapter_width: int = 64
     gate: bool = True
     gate_width: int = 32
+    text_reads_image: bool = False
+    shortlist: int = 0
 
     @classmethod
     def of(cls, config: ExitConfig | Mapping[str, Any]) -> ExitConfig:
@@ -47,8 +59,15 @@ class ExitConfig:
 
     def layers(self) -> dict[str, tuple[int, ...]]:
         """Return stream name -> exit layers, streams without exits left out."""
-        named = {"vision": self.vision, "encoder": self.encoder, "decoder": self.decoder}
+        named = {name: getattr(self, name) for name in ("vision", "encoder", "image", "text", "decoder")}
         return {name: tuple(ks) for name, ks in named.items() if ks}
+
+    @property
+    def encoder_kind(self) -> EncoderKind:
+        """How image and text meet in the encoder."""
+        if not self.image and not self.text:
+            return "joint"
+        return "one-way" if self.text_reads_image else "decomposed"
 
     def check(self, num_layers: Mapping[str, int]) -> None:
         """Compare with the backbone's streams.
@@ -58,6 +77,12 @@ class ExitConfig:
         """
         if self.adapter not in ("bottleneck", "linear", "none"):
             raise ValueError(f"`adapter` must be bottleneck, linear or none, got {self.adapter!r}")
+        if self.shortlist < 0 or self.shortlist == 1:
+            raise ValueError(f"`shortlist` must be 0 (none) or at least 2 tokens, got {self.shortlist}")
+        if self.shortlist and not (self.gate and self.decoder):
+            raise ValueError("`shortlist` is for the decoder's gates: it needs `gate: true` and exits of `decoder`")
+        if self.text_reads_image and self.encoder_kind == "joint":
+            raise ValueError("`text_reads_image` needs a decomposed encoder: name exits of `image` or `text`")
         for stream, layers in self.layers().items():
             if stream not in num_layers:
                 raise ValueError(f"{stream!r} is not a stream of this backbone; it has {list(num_layers)}")

@@ -14,15 +14,26 @@ class ExitGate(nn.Module):
     Args:
         width: of the states.
         hidden: hidden units.
+        beside: numbers that the gate sees beside the state.
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, beside: int = 0) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        self.beside = nn.Linear(beside, hidden, bias=False) if beside else None
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Return the logit of "safe", ``[...]``, for states ``[..., D]``."""
-        return self.mlp(h).squeeze(-1)
+    def forward(self, h: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Return the logit of "safe", ``[...]``, for states ``[..., D]`` and what the gate sees beside them."""
+        if self.beside is None:
+            return self.mlp(h).squeeze(-1)
+        assert beside is not None
+        norm, down, gelu, up = self.mlp
+        return up(gelu(down(norm(h)) + self.beside(beside.to(h.dtype)))).squeeze(-1)
+
+
+def top_two(logits: Tensor) -> Tensor:
+    """Return the two highest probabilities, ``[..., 2]``, from logits ``[..., S]``; their difference is the margin."""
+    return logits.float().softmax(-1).topk(2, dim=-1).values
 
 
 def pool(h_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:

@@ -93,14 +93,13 @@ def transformers_variant(
     model: nn.Module, max_new_tokens: int | None = None, prefix_fn: PrefixFn | None = None
 ) -> Variant:
     """Return transformers' own greedy ``generate`` of a backbone, put into eval mode."""
-    generate: Any = model.eval().generate
-    wanted = view(model).generate_inputs
+    backbone = view(model.eval())
     limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
 
     @torch.inference_mode()
     def answer(inputs: dict[str, Any]) -> Tensor:
-        inputs = {name: inputs[name] for name in wanted if inputs.get(name) is not None}
-        return generate(**inputs, num_beams=1, do_sample=False, prefix_allowed_tokens_fn=prefix_fn, **limit)
+        settings = {"num_beams": 1, "do_sample": False, "prefix_allowed_tokens_fn": prefix_fn}
+        return backbone.generate(inputs, **settings, **limit)
 
     return answer
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from lightning_mue.backbones.stream import Inputs
 from lightning_mue.exits import Exits
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.policy import ExitRule
-from lightning_mue.signals import similarity
+from lightning_mue.signals import flat_similarity, similarity
 
 OnExit = Callable[[str, int, StreamState, Tensor], None]
 """Called at each exit passed, with stream, layer, state and the states before the layer (to record, not to change)."""
@@ -31,8 +30,8 @@ class Encoded:
     """
 
     memory_BSD: Tensor
-    depths: dict[str, Tensor] = field(default_factory=dict)
-    layer_runs: dict[str, int] = field(default_factory=dict)
+    depths: dict[str, Tensor]
+    layer_runs: dict[str, int]
 
 
 def encode(
@@ -44,17 +43,16 @@ def encode(
     on_exit: OnExit | None = None,
 ) -> Encoded:
     """Run all streams before the decoder under their rules; a stream without a rule runs at full depth."""
-    done = Encoded(torch.empty(0))
-    out: Tensor | None = None
+    outputs: dict[str, Tensor] = {}
+    depths: dict[str, Tensor] = {}
+    layer_runs: dict[str, int] = {}
     for stream in backbone.encoders:
         with stopwatch.part(stream.name):
-            state = stream.prologue(inputs, out)
-            h_BTD, depths, runs = _climb(stream, exits, state, rules.get(stream.name), on_exit)
-            out = stream.epilogue(h_BTD)
-        done.depths[stream.name], done.layer_runs[stream.name] = depths, runs
-    assert out is not None
-    done.memory_BSD = out
-    return done
+            state = stream.prologue(inputs, outputs)
+            h_BTD, depth_B, runs = _climb(stream, exits, state.at(state.h_BTD), rules.get(stream.name), on_exit)
+            outputs[stream.name] = stream.epilogue(state.at(h_BTD))
+        depths[stream.name], layer_runs[stream.name] = depth_B, runs
+    return Encoded(backbone.memory(outputs), depths, layer_runs)
 
 
 def stream_scores(
@@ -63,6 +61,8 @@ def stream_scores(
     """Return the exit scores ``[B]`` of a stream left once per sample."""
     if signal == "similarity":
         return similarity(state.h_BTD, before_BTD, state.valid_BT)
+    if signal == "flat_similarity":
+        return flat_similarity(state.h_BTD, before_BTD)
     if signal == "gate":
         assert exits is not None
         return exits.gate_logit(stream, k, state.h_BTD, state.valid_BT).float().sigmoid()
@@ -82,8 +82,8 @@ def _climb(
         state.h_BTD = stream.layer(k, state)
         if on_exit is not None:
             on_exit(stream.name, k, state, before_BTD)
-        threshold = rule.threshold_at(k) if rule is not None else None
-        if rule is None or threshold is None or threshold == math.inf:
+        threshold = rule.reachable.get(k) if rule is not None else None
+        if rule is None or threshold is None:
             continue
         leaves = stream_scores(exits, rule.signal, stream.name, k, state, before_BTD) >= threshold
         count = int(leaves.sum())

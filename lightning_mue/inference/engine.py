@@ -17,7 +17,7 @@ from lightning_mue.inference.encode import OnExit, encode
 from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, decode
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
-from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.signals import NEEDS_LOGITS
 
 _NOT_GREEDY = {
@@ -47,6 +47,7 @@ class ExitOutput:
             (0 where a row had ended).
         layer_runs: stream name -> layer executions (calls).
         pairs: computed (position, layer) pairs of the decoder.
+        filled: pairs whose K/V were made up instead (other than just-in-time).
         timings: part -> milliseconds: one per stream, ``embed``, ``layers``, ``memory`` (cross-attention projection),
             ``signals``, ``head``, and ``total``; empty if they were not asked for.
     """
@@ -55,6 +56,7 @@ class ExitOutput:
     exit_depths: dict[str, Tensor]
     layer_runs: dict[str, int]
     pairs: int
+    filled: int
     timings: dict[str, float]
 
 
@@ -142,8 +144,12 @@ class ExitEngine:
         timings: bool,
         inputs: dict[str, Any],
         on_exit: OnExit | None = None,
+        forced: Sequence[Sequence[int]] | None = None,
     ) -> tuple[ExitOutput, TorchExecutor]:
-        """``generate``, returning the executor too: a trace is made of its states and of what ``on_exit`` sees."""
+        """``generate``, returning the executor too: a trace is made of its states and of what ``on_exit`` sees.
+
+        ``forced`` replays known decoder depths (row -> depth of each token) and asks no signal.
+        """
         if asked := sorted(_NOT_GREEDY & set(inputs)):
             raise ValueError(f"The engine decodes greedily and does not do {asked}; leave them out.")
         inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
@@ -164,7 +170,7 @@ class ExitEngine:
             )
             record = decode(
                 executor,
-                decoder_exits(self.policy),
+                decoder_exits(self.policy, settings.max_new_tokens, forced),
                 executor.batch,
                 settings.start_id,
                 settings.end_ids,
@@ -176,18 +182,18 @@ class ExitEngine:
             encoded.depths | {"decoder": depths},
             encoded.layer_runs | {"decoder": record.layer_runs},
             record.pairs,
+            record.filled,
             watch.ms,
         )
         return output, executor
 
 
-def decoder_exits(policy: ExitPolicy) -> DecoderExits:
-    """Return the decoder's rule as the schedule wants it."""
-    rule = policy.rules.get("decoder")
-    if rule is None:
-        return DecoderExits()
-    reachable = {k: t for k, t in zip(rule.layers, rule.thresholds, strict=True) if t < math.inf}
-    return DecoderExits(rule.signal, reachable)
+def decoder_exits(policy: ExitPolicy, steps: int, forced: Sequence[Sequence[int]] | None = None) -> DecoderExits:
+    """Return the decoder's rule as the schedule wants it, for at most ``steps`` tokens."""
+    rule = policy.rules.get("decoder", ExitRule("static", (1,), (math.inf,)))
+    return DecoderExits(
+        rule.signal, lambda step: rule.thresholds_at(step, steps), policy.kv_fill, policy.backlog, forced
+    )
 
 
 def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) -> None:
@@ -212,7 +218,7 @@ def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) ->
             )
         if rule.signal == "gate" and (exits is None or not exits.config.gate):
             raise ValueError(f"The policy's signal for {stream!r} is 'gate', but no gates are attached.")
-        if rule.signal in NEEDS_LOGITS and stream != "decoder":
+        if stream != "decoder" and rule.signal in NEEDS_LOGITS:
             raise ValueError(
                 f"Signal {rule.signal!r} needs logits; stream {stream!r} has none. Use gate or similarity."
             )

@@ -79,13 +79,13 @@ def device_name(device: torch.device) -> str:
 
 def _stream_pieces(backbone: Backbone, exits: Exits | None, inputs: dict[str, Any]) -> Pieces:
     pieces: Pieces = {}
-    before = None
+    done: dict[str, Tensor] = {}
     for stream in backbone.encoders:
-        state = stream.prologue(inputs, before)
+        state = stream.prologue(inputs, done)
         name, first = stream.name, state.h_BTD
-        pieces[f"{name}.prologue"] = partial(stream.prologue, inputs, before)
+        pieces[f"{name}.prologue"] = partial(stream.prologue, inputs, dict(done))
         pieces[f"{name}.layer"] = partial(stream.layer, (stream.num_layers + 1) // 2, replace(state))
-        pieces[f"{name}.epilogue"] = partial(stream.epilogue, first)
+        pieces[f"{name}.epilogue"] = partial(stream.epilogue, replace(state))
         for signal in _signals(exits, name, STREAM_SIGNALS):
             k = exits.layers[name][0] if exits is not None else 0
             pieces[f"{name}.{signal}"] = partial(_decide, exits, signal, name, k, replace(state), first)
@@ -93,7 +93,7 @@ def _stream_pieces(backbone: Backbone, exits: Exits | None, inputs: dict[str, An
             pieces[f"{name}.adapter"] = partial(exits.adapt, name, exits.layers[name][0], first)
         for k in range(1, stream.num_layers + 1):
             state.h_BTD = stream.layer(k, state)
-        before = stream.epilogue(state.h_BTD)
+        done[name] = stream.epilogue(state)
     return pieces
 
 

@@ -21,7 +21,7 @@ from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.trace import StreamTrace, Trace
 
 STREAM_SIGNALS = ("similarity", "gate")
-DECODER_SIGNALS = ("similarity", "gate", "confidence", "margin")
+DECODER_SIGNALS = ("similarity", "gate", "confidence", "margin", "entropy")
 
 ScoreOf = Callable[[Tensor], Sequence[float]]
 """Sequences ``[B, 1 + T]`` -> the metric's score of each sample, in [0, 1]."""

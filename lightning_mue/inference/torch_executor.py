@@ -6,7 +6,8 @@ Buffers never move: rows are indexed (views while all rows go together), never s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lightning_mue.backbones import Backbone
 from lightning_mue.backbones.stream import TokenProcessor, causal_mask
 from lightning_mue.exits import Exits
 from lightning_mue.inference.stopwatch import Stopwatch
-from lightning_mue.signals import NEEDS_LOGITS, confidence, margin, similarity
+from lightning_mue.signals import NEEDS_LOGITS, OF_LOGITS, flat_similarity, similarity
 
 Index = slice | Tensor
 
@@ -58,6 +59,7 @@ class TorchExecutor:
         self._memory_kv: list[tuple[Tensor, Tensor] | None] = [None] * (decoder.num_layers + 1)
         self._projected: list[set[int]] = [set() for _ in range(decoder.num_layers + 1)]
         self._logits: dict[int, tuple[list[int], Tensor]] = {}
+        self._streaks: dict[int, tuple[int, int]] = {}
 
     def embed(self, rows: Sequence[int], position: int, tokens: Sequence[int]) -> None:
         """Write the states that enter layer 1."""
@@ -67,6 +69,7 @@ class TorchExecutor:
             self.ids[index, position] = new
             self.states[0, index, position] = self._decoder.embed(new[:, None], position)[:, 0]
             self._logits.clear()
+            self._streaks.clear()
 
     def run_layer(self, layer: int, rows: Sequence[int], first: int, last: int) -> None:
         """Push a block of positions through one layer; its memory K/V are projected when rows first reach it."""
@@ -79,6 +82,18 @@ class TorchExecutor:
             kv = _RowsKV(self, layer, index, first, last)
             self.states[layer, index, first:last] = self._decoder.cached_layer(layer, h_RmD, kv, mask, memory_mask)
 
+    def fill(self, mode: str, layer: int, rows: Sequence[int], first: int, last: int) -> None:
+        """Pass states up one layer and project them there (``propagate``), or copy the K/V of the layer below."""
+        with self._watch.part("layers"):
+            index, block = self._index(rows), slice(first, last)
+            self.states[layer, index, block] = self.states[layer - 1, index, block]
+            if mode == "copy":
+                self._keys[layer, index, :, block] = self._keys[layer - 1, index, :, block]
+                self._values[layer, index, :, block] = self._values[layer - 1, index, :, block]
+            else:
+                key, value = self._decoder.self_kv(layer, self.states[layer - 1, index, block])
+                self._keys[layer, index, :, block], self._values[layer, index, :, block] = key, value
+
     def score(self, signal: str, layer: int, rows: Sequence[int], position: int) -> list[float]:
         """Return exit scores as numbers: the one place where a decode waits for the device at every exit."""
         if signal == "static":
@@ -90,6 +105,9 @@ class TorchExecutor:
                 self._logits[layer] = (list(rows), logits_RV)
             else:
                 logits_RV = None
+            if signal == "patience":
+                assert logits_RV is not None
+                return self._patience(rows, logits_RV.argmax(-1).tolist())
             return self.scores(signal, layer, index, position, logits_RV).tolist()
 
     def scores(self, signal: str, layer: int, index: Index, position: int, logits_RV: Tensor | None) -> Tensor:
@@ -97,11 +115,25 @@ class TorchExecutor:
         h_RD = self.states[layer, index, position]
         if signal == "similarity":
             return similarity(h_RD[:, None], self.states[layer - 1, index, position][:, None])
+        if signal == "flat_similarity":
+            return flat_similarity(h_RD, self.states[layer - 1, index, position])
         if signal == "gate":
             assert self._exits is not None
-            return self._exits.gate_logit("decoder", layer, h_RD).float().sigmoid()
+            return self._exits.gate_logit("decoder", layer, h_RD, rows=self._shortlist_head).float().sigmoid()
         assert logits_RV is not None
-        return confidence(logits_RV) if signal == "confidence" else margin(logits_RV)
+        return OF_LOGITS[signal](logits_RV)
+
+    @cached_property
+    def _shortlist_head(self) -> Callable[[Tensor], Tensor] | None:
+        assert self._exits is not None
+        return self._exits.shortlist_head(self._decoder)
+
+    def _patience(self, rows: Sequence[int], tokens: list[int]) -> list[float]:
+        """Return how many exits in a row, this one included, have chosen the same token in this step (PABEE)."""
+        for row, token in zip(rows, tokens, strict=True):
+            before, count = self._streaks.get(row, (token, 0))
+            self._streaks[row] = (token, count + 1 if token == before else 1)
+        return [float(self._streaks[row][1]) for row in rows]
 
     def exit_logits(self, layer: int, index: Index, position: int) -> Tensor:
         """Return the processed logits ``[R, V]`` of an exit: adapter, shared norm, shared head."""

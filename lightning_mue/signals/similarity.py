@@ -24,3 +24,12 @@ def similarity(h_BTD: Tensor, before_BTD: Tensor, valid_BT: Tensor | None = None
     if valid_BT is None:
         return cosine_BT.mean(1)
     return (cosine_BT * valid_BT).sum(1) / valid_BT.sum(1).clamp(min=1)
+
+
+def flat_similarity(h_BTD: Tensor, before_BTD: Tensor) -> Tensor:
+    """Return one cosine over the whole flattened batch, padding included, for every row: ``[B]``, float32.
+
+    What MuE's published code compares: a single decision for all samples, which depends on who else is in the batch.
+    """
+    one = torch.cosine_similarity(h_BTD.float().flatten(), before_BTD.float().flatten(), dim=0)
+    return one.expand(len(h_BTD))

@@ -49,7 +49,7 @@ def test_dial_takes_the_smallest_threshold_that_does_little_harm(make_trace, lev
                 for t in scores[left_in]
                 if (harm[left_in & (scores >= t)].sum() + 0.5) / ((left_in & (scores >= t)).sum() + 1) <= gamma
             ]
-            found = rule.threshold_at(layer) if rule else None
+            found = rule.reachable.get(layer) if rule else None
             assert (found is None) == (not allowed)
             if allowed:
                 assert found <= min(allowed) < found + GRID

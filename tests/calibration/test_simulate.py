@@ -13,7 +13,7 @@ def leave_at(stream, rule, scores):
     """Return the exit layer and how many exits were tried, by plain reading of the rule."""
     tried = 0
     for column, layer in enumerate(stream.layers):
-        threshold = rule.threshold_at(layer) if rule else None
+        threshold = rule.reachable.get(layer) if rule else None
         if threshold is None or threshold == math.inf:
             continue
         tried += 1

@@ -6,7 +6,7 @@ import torch
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.answers import only_answers
 from lightning_mue.policy import Certificate, ExitPolicy
-from tests import zoo
+from tests import reference, zoo
 
 
 @pytest.mark.parametrize("name", list(zoo.BACKBONES))
@@ -20,7 +20,7 @@ def test_single_token_answers_are_the_most_likely_ones(name):
     for (token,) in answers:  # OFA's way: the likelihood of every candidate, end token included
         labels = torch.tensor([[token, zoo.END]]).expand(6, -1)
         start = torch.tensor([[zoo.START, token]]).expand(6, -1)
-        logits = model(**tensors, decoder_input_ids=start).logits
+        _, logits = reference.decoder_states(model, tensors, start)
         scores.append(logits.log_softmax(-1).gather(2, labels[:, :, None])[:, 0, 0])
     best = torch.stack(scores).argmax(0)
     assert found.sequences[:, 1].tolist() == [answers[i][0] for i in best]

@@ -6,119 +6,62 @@ import pytest
 import torch
 
 from lightning_mue.backbones import num_layers, view
-from lightning_mue.exits import attached
-from lightning_mue.inference import ExitEngine
-from lightning_mue.inference.encode import encode, stream_scores
-from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
-from lightning_mue.policy import ExitPolicy, ExitRule
-from tests import zoo
+from lightning_mue.policy import KV_FILLS, SIGNAL_RANGES, ExitPolicy, ExitRule
+from lightning_mue.signals import NEEDS_LOGITS
+from tests import reference, zoo
+from tests.invariants.policies import STEPS, decoder_rule, generate, mixed
 
 BACKBONES = list(zoo.BACKBONES)
 STREAMS = [(name, stream) for name in BACKBONES for stream in zoo.exit_layers(name)]
-STEPS = 12
-
-
-def generate(model, policy, tensors):
-    return ExitEngine(model, policy).run(STEPS, None, False, tensors)
-
-
-def decoder_rule(model, name, tensors, signal, share=0.35):
-    """A rule under which about ``share`` of the tokens leave at each exit: thresholds are quantiles at full depth."""
-    out, executor = generate(model, ExitPolicy.full_depth(), tensors)
-    layers = zoo.exit_layers(name)["decoder"]
-    thresholds = []
-    for k in layers:
-        scores = []
-        for position in range(out.sequences.shape[1] - 1):
-            logits = executor.exit_logits(k, slice(None), position)
-            scores.append(executor.scores(signal, k, slice(None), position, logits))
-        thresholds.append(torch.stack(scores).flatten().quantile(1 - share).item())
-    return ExitRule(signal, layers, thresholds)
-
-
-def encoder_rules(model, name, tensors, share=0.35):
-    """The same for the streams left once per sample, by gate."""
-    scores: dict[str, dict[int, torch.Tensor]] = {}
-    exits = attached(model)
-
-    def record(stream, k, state, before):
-        if k in exits.layers[stream]:
-            scores.setdefault(stream, {})[k] = stream_scores(exits, "gate", stream, k, state, before)
-
-    with torch.inference_mode():
-        encode(view(model), exits, tensors, {}, Stopwatch(torch.device("cpu"), False), record)
-    return {
-        stream: ExitRule("gate", tuple(at), [s.quantile(1 - share).item() for s in at.values()])
-        for stream, at in scores.items()
-    }
-
-
-def mixed(model, name, tensors):
-    """A policy under which rows and tokens leave every stream at many different layers."""
-    decoder = decoder_rule(model, name, tensors, "gate")
-    return ExitPolicy(encoder_rules(model, name, tensors) | {"decoder": decoder})
+SIGNALS = [signal for signal in SIGNAL_RANGES if signal != "static"]
 
 
 @pytest.mark.parametrize(("name", "stream"), STREAMS)
 def test_thresholds_out_of_reach_are_full_depth(name, stream):
-    model = zoo.make(name)
-    tensors = zoo.inputs(name, 3)
+    model, tensors = zoo.shared(name), zoo.inputs(name, 3)
     layers = zoo.exit_layers(name)[stream]
+    never = [math.inf] * len(layers)
     full, _ = generate(model, ExitPolicy.full_depth(), tensors)
-    for signal in ("gate", "similarity", *(("confidence", "margin") if stream == "decoder" else ())):
-        policy = ExitPolicy({stream: ExitRule(signal, layers, [math.inf] * len(layers))})
-        found, _ = generate(model, policy, tensors)
+    if stream == "decoder":
+        policies = [ExitPolicy({stream: ExitRule(signal, layers, never, (0.9, 4.0))}) for signal in SIGNALS]
+        policies.append(ExitPolicy({stream: ExitRule("patience", layers, [len(layers) + 1.0] * len(layers))}))
+        policies.append(ExitPolicy({stream: ExitRule("confidence", layers, [0.0] * len(layers), from_step=STEPS)}))
+        rule = ExitRule("gate", layers, never)
+        policies += [
+            ExitPolicy({stream: rule}, fill, backlog) for fill in ("propagate", "copy") for backlog in (0, 2, 50)
+        ]
+    else:
+        signals = [signal for signal in SIGNALS if signal not in NEEDS_LOGITS]
+        policies = [ExitPolicy({stream: ExitRule(signal, layers, never)}) for signal in signals]
+    for policy in policies:
+        found, _ = generate(model, policy, tensors, closed=False)
         assert found.sequences.tolist() == full.sequences.tolist()
+        assert (found.pairs, found.filled) == (full.pairs, 0)
         depth = found.exit_depths[stream]
         assert set(depth[depth > 0].flatten().tolist()) == {num_layers(view(model))[stream]}
-
-
-def truncated_generate(name, seed, stream, depth, tensors):
-    """The backbone's own ``generate`` after its layers above ``depth`` were removed and the adapter put at the end."""
-    model = zoo.make(name, seed)
-    exits = attached(model)
-    if stream == "decoder":
-        layers = model.model.language_model.decoder.layers
-    elif stream == "encoder":
-        layers = model.model.language_model.encoder.layers
-    else:
-        tower = model.model.vision_tower
-        layers = tower.blocks[2]
-
-    def adapt(_module, _inputs, output):
-        if stream == "vision":
-            flat = exits.adapt(stream, depth, output.flatten(2).transpose(1, 2))
-            return flat.transpose(1, 2).reshape(output.shape)
-        return exits.adapt(stream, depth, output)
-
-    layers[depth - 1].register_forward_hook(adapt)
-    del layers[depth:]
-    if stream == "decoder":
-        model.config.text_config.decoder_layers = depth
-    return model.generate(**tensors, num_beams=1, do_sample=False, max_new_tokens=STEPS)
 
 
 @pytest.mark.parametrize(("name", "stream"), STREAMS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_forced_exit_is_the_static_model(name, stream, seed):
-    tensors = zoo.inputs(name, 3, seed)
+    model, tensors = zoo.shared(name, seed), zoo.inputs(name, 3, seed)
+    full, _ = generate(model, ExitPolicy.full_depth(), tensors)
     different = False
     for depth in zoo.exit_layers(name)[stream]:
-        expected = truncated_generate(name, seed, stream, depth, tensors)
-        model = zoo.make(name, seed)
-        found, _ = generate(model, ExitPolicy({stream: ExitRule.static(depth)}), tensors)
-        assert found.sequences.tolist() == expected.tolist(), depth
-        full, _ = generate(model, ExitPolicy.full_depth(), tensors)
+        expected = reference.truncated_generate(model, tensors, stream, depth, max_new_tokens=STEPS)
+        for fill in KV_FILLS if stream == "decoder" else KV_FILLS[:1]:
+            found, _ = generate(model, ExitPolicy({stream: ExitRule.static(depth)}, fill), tensors)
+            assert found.sequences.tolist() == expected.tolist(), depth
+            assert found.filled == 0
         different |= full.sequences.tolist() != expected.tolist()
     assert different, "the test model does not depend on depth"
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("signal", ["gate", "similarity", "confidence", "margin"])
+@pytest.mark.parametrize("signal", [signal for signal in SIGNALS if signal != "flat_similarity"])
 def test_just_in_time_states_are_those_of_a_full_pass(name, signal, monkeypatch):
-    model = zoo.make(name)
-    tensors = zoo.inputs(name, 4)
+    model, tensors = zoo.shared(name), zoo.inputs(name, 4)
     rule = decoder_rule(model, name, tensors, signal)
     seen: dict[tuple[int, int, int], int] = {}
     run_layer = TorchExecutor.run_layer
@@ -132,58 +75,61 @@ def test_just_in_time_states_are_those_of_a_full_pass(name, signal, monkeypatch)
     monkeypatch.setattr(TorchExecutor, "run_layer", counting)
     out, executor = generate(model, ExitPolicy({"decoder": rule}), tensors)
     assert set(seen.values()) == {1}, "a (position, layer) was computed twice"
-    assert out.pairs == len(seen)
+    assert (out.pairs, out.filled) == (len(seen), 0)
     depths = out.exit_depths["decoder"]
-    assert len(set(depths[depths > 0].tolist())) >= 3, "the test policy does not mix depths"
+    at_least = 2 if signal == "patience" else 3  # patience cannot leave at the first exit
+    assert len(set(depths[depths > 0].tolist())) >= at_least, "the test policy does not mix depths"
     # The reference: the backbone's own forward over the same tokens, all layers.
-    ids = out.sequences[:, :-1]
-    states = model(**tensors, decoder_input_ids=ids, output_hidden_states=True).decoder_hidden_states
+    expected, _ = reference.decoder_states(model, tensors, out.sequences[:, :-1])
     for layer, row, position in seen:
-        torch.testing.assert_close(
-            executor.states[layer, row, position], states[layer][row, position], rtol=1e-4, atol=1e-4
-        )
+        state = executor.states[layer, row, position]
+        if layer == executor.num_layers:
+            state = reference.final_norm(model)(state)
+        torch.testing.assert_close(state, expected[layer][row, position], rtol=1e-4, atol=1e-4)
+
+
+POLICIES = {
+    "just-in-time": {},
+    "propagate": {"kv_fill": "propagate", "backlog": 1, "share": 0.5},
+    "copy": {"kv_fill": "copy"},
+    "patience": {"signal": "patience"},
+    "decay": {"signal": "confidence", "decay": (0.8, 3.0), "from_step": 2},
+}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_just_in_time_keys_are_those_of_full_depth(name):
-    """When the policy's tokens equal the full-depth ones, so do keys and values wherever they were computed."""
-    model = zoo.make(name)
-    tensors = zoo.inputs(name, 3)
-    policy = mixed(model, name, tensors)
-    out, executor = generate(model, policy, tensors)
-    encoders = {s: r for s, r in policy.rules.items() if s != "decoder"}
-    _, deep = generate(model, ExitPolicy(encoders), tensors)
-    for layer in range(1, executor.num_layers + 1):
-        for row in range(3):
-            same = (executor.ids[row] == deep.ids[row]).cumprod(0)[: out.sequences.shape[1] - 1].bool()
-            reached = executor._keys[layer, row].abs().sum((0, 2))[: len(same)] > 0
-            both = same & reached & (out.exit_depths["decoder"][row] >= layer)
-            for mine, theirs in ((executor._keys, deep._keys), (executor._values, deep._values)):
-                torch.testing.assert_close(
-                    mine[layer, row, :, : len(same)][:, both],
-                    theirs[layer, row, :, : len(same)][:, both],
-                    rtol=1e-4,
-                    atol=1e-4,
-                )
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_batch_is_its_rows_one_by_one(name, seed):
-    model = zoo.make(name, seed)
-    tensors = zoo.inputs(name, 6, seed)
-    policy = mixed(model, name, tensors)
+@pytest.mark.parametrize(("policy", "seed"), [*((p, 0) for p in POLICIES), ("just-in-time", 1), ("just-in-time", 2)])
+def test_a_batch_is_its_rows_one_by_one(name, policy, seed):
+    model, tensors = zoo.shared(name, seed), zoo.inputs(name, 5, seed)
+    policy = mixed(model, name, tensors, **POLICIES[policy])
     together, _ = generate(model, policy, tensors)
-    assert len(set(together.exit_depths["encoder"].tolist())) > 1
-    for row in range(6):
+    pairs = filled = 0
+    for depth in together.exit_depths.values():
+        assert len(set(depth[depth > 0].flatten().tolist())) > 1, "the test policy does not mix depths"
+    for row in range(5):
         keep = tensors["attention_mask"][row].bool()
         alone = {k: v[row : row + 1] for k, v in tensors.items()}
         alone |= {k: alone[k][:, keep] for k in ("input_ids", "attention_mask")}  # without its padding
         single, _ = generate(model, policy, alone)
+        pairs, filled = pairs + single.pairs, filled + single.filled
         length = single.sequences.shape[1]
         assert together.sequences[row, :length].tolist() == single.sequences[0].tolist()
         for stream, depth in single.exit_depths.items():
-            together_depth = together.exit_depths[stream][row]
-            assert together_depth.tolist() == depth[0].tolist() or (
-                together_depth[: length - 1].tolist() == depth[0].tolist()
-            )
+            mine = together.exit_depths[stream][row]
+            assert (mine[: length - 1] if stream == "decoder" else mine).tolist() == depth[0].tolist()
+    assert (together.pairs, together.filled) == (pairs, filled)
+    assert (filled > 0) == (policy.kv_fill != "just-in-time")
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_known_depths_replay_a_policy(name, policy):
+    model, tensors = zoo.shared(name), zoo.inputs(name, 5)
+    policy = mixed(model, name, tensors, **POLICIES[policy])
+    first, _ = generate(model, policy, tensors)
+    again, _ = generate(model, policy, tensors, forced=first.exit_depths["decoder"].tolist())
+    assert again.sequences.tolist() == first.sequences.tolist()
+    assert {k: v.tolist() for k, v in again.exit_depths.items()} == {
+        k: v.tolist() for k, v in first.exit_depths.items()
+    }
+    assert (again.pairs, again.filled, again.layer_runs) == (first.pairs, first.filled, first.layer_runs)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from lightning_mue.exits import PREFIX, ExitConfig, attach_exits, detach_exits
+from lightning_mue.backbones import EXITS, view
+from lightning_mue.exits import attach_exits, detach_exits
 from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import Certificate, ExitPolicy, ExitRule
-from tests import zoo
+from tests import reference, zoo
 
 BACKBONES = list(zoo.BACKBONES)
 
@@ -17,12 +18,12 @@ def test_attaching_changes_no_output_and_no_key(name):
     batch = zoo.inputs(name, 3)
     ids = torch.randint(5, 90, (3, 7))
     before, keys = model(**batch, decoder_input_ids=ids).logits, set(model.state_dict())
-    attach_exits(model, ExitConfig(**zoo.exit_layers(name)))
+    attach_exits(model, zoo.exit_config(name))
     after = model(**batch, decoder_input_ids=ids).logits
     assert torch.equal(before, after)
     new = set(model.state_dict()) - keys
     assert new
-    assert all(key.startswith(f"{PREFIX}.") for key in new)
+    assert all(key.startswith(f"{EXITS}.") for key in new)
     assert keys <= set(model.state_dict())
     detach_exits(model)
     assert set(model.state_dict()) == keys
@@ -32,11 +33,31 @@ def test_attaching_changes_no_output_and_no_key(name):
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_full_depth_equals_generate(name, batch, seed):
-    model = zoo.make(name, seed)
+    model = zoo.shared(name, seed)
     tensors = zoo.inputs(name, batch, seed)
-    expected = model.generate(**tensors, num_beams=1, do_sample=False, max_new_tokens=14)
+    expected = reference.generate(model, tensors, max_new_tokens=14)
     found = ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors, max_new_tokens=14).sequences
     assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_mask_may_be_left_out_where_nothing_is_padded(name):
+    model, tensors = zoo.shared(name), zoo.inputs(name, 1)
+    expected = reference.generate(model, tensors).tolist()
+    del tensors["attention_mask"]
+    assert ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors).sequences.tolist() == expected
+    assert view(model).generate(tensors, num_beams=1, do_sample=False).tolist() == expected
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_full_depth_logits_are_those_of_forward(name):
+    model, tensors = zoo.shared(name), zoo.inputs(name, 4)
+    out, executor = ExitEngine(model, ExitPolicy.full_depth()).run(14, None, False, tensors)
+    ids = out.sequences[:, :-1]
+    _, logits = reference.decoder_states(model, tensors, ids)
+    for row, position in (out.exit_depths["decoder"] > 0).nonzero().tolist():
+        found = executor.exit_logits(executor.num_layers, torch.tensor([row]), position)[0]
+        torch.testing.assert_close(found, logits[row, position], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -48,20 +69,20 @@ def test_generation_config_is_obeyed(name, settings):
     tensors = zoo.inputs(name, 3)
     for key, value in settings.items():
         setattr(model.generation_config, key, value)
-    expected = model.generate(**tensors, num_beams=1, do_sample=False, max_new_tokens=9)
+    expected = reference.generate(model, tensors, max_new_tokens=9)
     found = ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors, max_new_tokens=9).sequences
     assert found.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_constrained_answers_equal_generate(name):
-    model = zoo.make(name)
+    model = zoo.shared(name)
     tensors = zoo.inputs(name, 4)
 
     def allowed(_, ids):
         return [11, 12, 13] if len(ids) < 3 else [zoo.END]
 
-    expected = model.generate(**tensors, num_beams=1, do_sample=False, prefix_allowed_tokens_fn=allowed)
+    expected = reference.generate(model, tensors, prefix_allowed_tokens_fn=allowed)
     engine = ExitEngine(model, ExitPolicy.full_depth())
     assert engine.generate(**tensors, prefix_allowed_tokens_fn=allowed).sequences.tolist() == expected.tolist()
 
@@ -76,13 +97,13 @@ def test_unsupported_generation_settings_are_refused(name):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_constraint_knows_its_row_when_others_have_finished(name):
-    model = zoo.make(name)
+    model = zoo.shared(name)
     tensors = zoo.inputs(name, 4)
 
     def allowed(row, ids):
         return [10 + row] if len(ids) <= 4 - row else [zoo.END]  # every row ends at another step
 
-    expected = model.generate(**tensors, num_beams=1, do_sample=False, prefix_allowed_tokens_fn=allowed)
+    expected = reference.generate(model, tensors, prefix_allowed_tokens_fn=allowed)
     layers = zoo.exit_layers(name)["decoder"]
     for policy in (
         ExitPolicy.full_depth(),
@@ -100,7 +121,7 @@ def test_the_length_is_that_of_generate(name, settings):
     model.generation_config.max_new_tokens = None
     for key, value in settings.items():
         setattr(model.generation_config, key, value)
-    expected = model.generate(**tensors, num_beams=1, do_sample=False)
+    expected = reference.generate(model, tensors)
     assert ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors).sequences.tolist() == expected.tolist()
 
 

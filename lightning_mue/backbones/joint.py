@@ -1,0 +1,50 @@
+"""The encoder (BART or mBART) over image and text tokens together, as pretrained: stream ``encoder``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_mue.backbones.bart import final_norm
+from lightning_mue.backbones.stream import Inputs, Outputs, StreamState, additive_mask
+
+
+class JointEncoderStream:
+    """All tokens through the encoder's layers, every one attending to every other."""
+
+    name = "encoder"
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._layers = model, model.language_model.encoder.layers
+        self._norm = final_norm(model.language_model.encoder)
+        self.num_layers = len(self._layers)
+        self.width = model.language_model.encoder.config.d_model
+
+    def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
+        """Splice the image features into the prompt's embeddings and add positions."""
+        h_BTD = joint_embedding(self._model, inputs, done.get("vision"))
+        valid = inputs.get("attention_mask")
+        valid_BT = None if valid is None else valid.bool()
+        return StreamState(h_BTD, valid_BT, additive_mask(valid_BT, h_BTD.dtype))
+
+    def layer(self, k: int, state: StreamState) -> Tensor:
+        """Run one encoder layer."""
+        return self._layers[k - 1](state.h_BTD, state.mask)
+
+    def epilogue(self, state: StreamState) -> Tensor:
+        """The final norm, where layers are pre-norm: the memory."""
+        return self._norm(state.h_BTD)
+
+
+def joint_embedding(model: Any, inputs: Inputs, features_BND: Tensor | None) -> Tensor:
+    """Return what enters the encoder's first layer, ``[B, S, D]``; without features, placeholders stay as they are."""
+    ids = inputs["input_ids"]
+    h_BSD = model.get_input_embeddings()(ids)
+    if features_BND is not None:
+        features = features_BND.to(h_BSD.dtype)
+        spots = model.get_placeholder_mask(ids, inputs_embeds=h_BSD, image_features=features)
+        h_BSD = h_BSD.masked_scatter(spots, features)
+    encoder = model.language_model.encoder
+    h_BSD = encoder.layernorm_embedding(h_BSD + encoder.embed_positions(ids))
+    return nn.functional.dropout(h_BSD, p=encoder.dropout, training=encoder.training)

@@ -1,0 +1,105 @@
+"""MuE's modality decomposition of an encoder: streams ``image`` and ``text`` through the same layers, each alone.
+
+The weights are tied, so nothing is added (Tang et al., CVPR 2023, section 3.1). Text keeps the positions that it has in
+the joint sequence. The decoder's memory is ``[image; text]``; its cross-attention knows no order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mue.backbones.bart import final_norm, is_prenorm
+from lightning_mue.backbones.joint import joint_embedding
+from lightning_mue.backbones.stream import EncoderKind, Inputs, Outputs, StreamState, additive_mask
+
+
+class ImageStream:
+    """The image tokens alone through the encoder's layers."""
+
+    name = "image"
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._layers = model, model.language_model.encoder.layers
+        self._norm = final_norm(model.language_model.encoder)
+        self.num_layers = len(self._layers)
+        self.width = model.language_model.encoder.config.d_model
+
+    def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
+        """Image features with their positions in the joint sequence."""
+        image_BN, _ = split_modalities(inputs, self._model.config.image_token_id)
+        return StreamState(_take(joint_embedding(self._model, inputs, done["vision"]), image_BN))
+
+    def layer(self, k: int, state: StreamState) -> Tensor:
+        """Run one encoder layer."""
+        return self._layers[k - 1](state.h_BTD, state.mask)
+
+    def epilogue(self, state: StreamState) -> Tensor:
+        """The final norm, where layers are pre-norm: this modality's part of the memory."""
+        return self._norm(state.h_BTD)
+
+
+class TextStream:
+    """The prompt's tokens through the encoder's layers: alone, or reading the states with which the image left.
+
+    Args:
+        model: the ``Florence2Model``.
+        reads_image: one-way fusion: keys and values are those of the image's exit states and of the text.
+    """
+
+    name = "text"
+
+    def __init__(self, model: Any, reads_image: bool) -> None:
+        self._model, self._layers = model, model.language_model.encoder.layers
+        self._norm = final_norm(model.language_model.encoder)
+        self._reads_image, self._prenorm = reads_image, is_prenorm(model.language_model.encoder)
+        self.num_layers = len(self._layers)
+        self.width = model.language_model.encoder.config.d_model
+
+    def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
+        """Embeddings of the prompt's tokens with their positions in the joint sequence."""
+        image_BN, text_BT = split_modalities(inputs, self._model.config.image_token_id)
+        h_BTD = _take(joint_embedding(self._model, inputs, None), text_BT)
+        valid = inputs.get("attention_mask")
+        valid_BT = None if valid is None else valid.gather(1, text_BT).bool()
+        if not self._reads_image:
+            return StreamState(h_BTD, valid_BT, additive_mask(valid_BT, h_BTD.dtype))
+        both = None if valid_BT is None else torch.cat([torch.ones_like(image_BN, dtype=torch.bool), valid_BT], 1)
+        return StreamState(h_BTD, valid_BT, additive_mask(both, h_BTD.dtype), done["image"])
+
+    def layer(self, k: int, state: StreamState) -> Tensor:
+        """Run one encoder layer."""
+        if state.beside_BSD is None:
+            return self._layers[k - 1](state.h_BTD, state.mask)
+        layer, both_BSD = self._layers[k - 1], torch.cat([state.beside_BSD, state.h_BTD], 1)
+        read_BSD = layer.self_attn_layer_norm(both_BSD) if self._prenorm else both_BSD
+        return layer(state.h_BTD, state.mask, key_value_states=read_BSD)
+
+    def epilogue(self, state: StreamState) -> Tensor:
+        """The final norm, where layers are pre-norm: this modality's part of the memory."""
+        return self._norm(state.h_BTD)
+
+
+def modality_streams(model: Any, kind: EncoderKind) -> tuple[ImageStream, TextStream]:
+    """Return the two streams of a ``Florence2Model``, in the order they run."""
+    return ImageStream(model), TextStream(model, reads_image=kind == "one-way")
+
+
+def split_modalities(inputs: Inputs, image_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return the positions of image tokens ``[B, N]`` and of all others ``[B, T]`` in ``input_ids``, in order.
+
+    Raises:
+        ValueError: rows with different numbers of image tokens.
+    """
+    is_image_BS = inputs["input_ids"] == image_token_id
+    counts = is_image_BS.sum(1).tolist()
+    if len(set(counts)) != 1:
+        raise ValueError(f"Every row of `input_ids` must hold as many image tokens as the others, got {counts}")
+    order_BS = is_image_BS.int().argsort(dim=1, descending=True, stable=True)
+    return order_BS[:, : counts[0]], order_BS[:, counts[0] :]
+
+
+def _take(h_BSD: Tensor, index_BT: Tensor) -> Tensor:
+    return h_BSD.gather(1, index_BT.unsqueeze(-1).expand(-1, -1, h_BSD.shape[-1]))

@@ -1,0 +1,164 @@
+"""Fill modes for comparison: against transformers' own layers and cache, one row and one position at a time."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+from lightning_mue.policy import KV_FILLS, ExitPolicy
+from tests import reference, zoo
+from tests.invariants.policies import STEPS, generate, random_depths
+
+BACKBONES = list(zoo.BACKBONES)
+ROWS = 3
+MODES = [("just-in-time", 0), *((fill, backlog) for fill in ("propagate", "copy") for backlog in (0, 1))]
+
+
+class OneRow:
+    """A decoder of transformers with transformers' cache, whose layers are called for single positions in order."""
+
+    def __init__(self, model, tensors, fill, backlog):
+        self.model, self.fill, self.backlog = model, fill, backlog
+        self.decoder = model.model.language_model.decoder
+        given = reference.inputs(model, tensors)
+        start = torch.tensor([[zoo.START]])
+        self.memory = model.model(**given, decoder_input_ids=start).encoder_last_hidden_state
+        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        self.states = [[] for _ in range(len(self.decoder.layers) + 1)]
+        self.pairs = self.filled = 0
+
+    def keys_and_values(self, layer):
+        cached = self.cache.self_attention_cache.layers[layer - 1]
+        return cached.keys, cached.values
+
+    def run(self, layer, h, cache):
+        return self.decoder.layers[layer - 1](h, None, encoder_hidden_states=self.memory, past_key_values=cache)
+
+    def embed(self, token):
+        position = len(self.states[0])
+        h = self.decoder.embed_tokens(torch.tensor([[token]])) + self.decoder.embed_positions.weight[position + 2]
+        self.states[0].append(self.decoder.layernorm_embedding(h))
+
+    def catch_up(self, layer):
+        """Give ``layer`` every position that it misses, the newest last."""
+        newest = len(self.states[0]) - 1
+        for position in range(len(self.states[layer]), newest + 1):
+            below = self.states[layer - 1][position]
+            if self.fill == "just-in-time" or position >= newest - self.backlog:
+                self.states[layer].append(self.run(layer, below, self.cache))
+                self.pairs += 1
+                continue
+            self.states[layer].append(below)
+            self.filled += 1
+            if self.fill == "propagate":
+                self.run(layer, below, self.cache)  # only its K/V are kept
+            else:
+                key, value = (t[:, :, position : position + 1] for t in self.keys_and_values(layer - 1))
+                self.cache.self_attention_cache.update(key, value, layer - 1)
+
+    @torch.no_grad()
+    def decode(self, depths):
+        tokens = [zoo.START]
+        for depth in depths:
+            self.embed(tokens[-1])
+            for layer in range(1, depth + 1):
+                self.catch_up(layer)
+            h = self.states[depth][-1]
+            if depth == len(self.decoder.layers):
+                logits = self.model.lm_head(reference.final_norm(self.model)(h))
+            else:
+                logits = reference.exit_logits(self.model, depth, h)
+            tokens.append(int(logits.argmax()))
+            if tokens[-1] == zoo.END:
+                break
+        return tokens
+
+
+def alone(tensors, row):
+    """One row without its padding."""
+    keep = tensors["attention_mask"][row].bool()
+    one = {k: v[row : row + 1] for k, v in tensors.items()}
+    return one | {k: one[k][:, keep] for k in ("input_ids", "attention_mask")}
+
+
+def positions(out):
+    """Return row, position and exit depth of every token."""
+    depths = out.exit_depths["decoder"]
+    return [(row, t, int(depths[row, t])) for row, t in depths.nonzero().tolist()]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(("fill", "backlog"), MODES)
+def test_every_mode_is_what_single_positions_give(name, fill, backlog):
+    model, tensors = zoo.shared(name), zoo.inputs(name, ROWS)
+    depths = random_depths(name, ROWS)
+    out, executor = generate(model, ExitPolicy(kv_fill=fill, backlog=backlog), tensors, depths)
+    pairs = filled = 0
+    for row in range(ROWS):
+        single = OneRow(model, alone(tensors, row), fill, backlog)
+        with torch.no_grad():
+            tokens = single.decode(depths[row])
+        assert out.sequences[row, : len(tokens)].tolist() == tokens
+        pairs, filled = pairs + single.pairs, filled + single.filled
+        for layer in range(1, executor.num_layers + 1):
+            length = len(single.states[layer])
+            if length == 0:
+                continue
+            keys, values = single.keys_and_values(layer)
+            states = torch.cat(single.states[layer], 1)
+            for mine, theirs in (
+                (executor._keys[layer, row, :, :length], keys[0]),
+                (executor._values[layer, row, :, :length], values[0]),
+                (executor.states[layer, row, :length], states[0]),
+            ):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert (out.pairs, out.filled) == (pairs, filled)
+    assert (filled > 0) == (fill != "just-in-time")
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_modes_differ(name):
+    """Else the tests above would not tell them apart."""
+    model, tensors = zoo.shared(name), zoo.inputs(name, ROWS)
+    depths = random_depths(name, ROWS)
+    found = [generate(model, ExitPolicy(kv_fill=fill, backlog=m), tensors, depths) for fill, m in MODES]
+    for (one, mine), (other, theirs) in combinations(found, 2):
+        values = [
+            (mine._values[layer, row, :, : t + 1], theirs._values[layer, row, :, : t + 1])
+            for row, t, depth in positions(one)
+            for layer in range(1, depth + 1)
+        ]
+        assert one.sequences.tolist() != other.sequences.tolist() or not all(
+            torch.allclose(*both, atol=1e-2) for both in values
+        )
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("fill", KV_FILLS[1:])
+def test_a_backlog_of_the_whole_length_is_just_in_time(name, fill):
+    model, tensors = zoo.shared(name), zoo.inputs(name, ROWS)
+    depths = random_depths(name, ROWS)
+    exact, theirs = generate(model, ExitPolicy(), tensors, depths)
+    found, mine = generate(model, ExitPolicy(kv_fill=fill, backlog=STEPS), tensors, depths)
+    assert found.sequences.tolist() == exact.sequences.tolist()
+    assert (found.pairs, found.filled) == (exact.pairs, 0)
+    for row, position, depth in positions(exact):
+        assert torch.equal(mine.states[: depth + 1, row, position], theirs.states[: depth + 1, row, position])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("backlog", [0, 1, 3])
+def test_every_position_is_computed_or_filled(name, backlog):
+    """``pairs + filled`` is what just-in-time computes; one run computes ``backlog + 1`` positions at most."""
+    model, tensors = zoo.shared(name), zoo.inputs(name, 1)
+    (depths,) = random_depths(name, 1, seed=backlog)
+    found, _ = generate(model, ExitPolicy(kv_fill="propagate", backlog=backlog), tensors, [depths])
+    depths = depths[: found.sequences.shape[1] - 1]
+    pairs = filled = 0
+    for layer in range(1, max(depths) + 1):
+        reached = [t for t, depth in enumerate(depths) if depth >= layer]
+        pending = [t - before for before, t in zip([-1, *reached], reached, strict=False)]
+        pairs += sum(min(p, backlog + 1) for p in pending)
+        filled += sum(max(p - backlog - 1, 0) for p in pending)
+    assert (found.pairs, found.filled) == (pairs, filled)

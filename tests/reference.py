@@ -1,0 +1,138 @@
+"""What the engine is compared with: transformers' own modules, ``forward`` and ``generate``; ours are only adapters.
+
+Shapes: ``B`` batch, ``S`` tokens of the joint sequence (image and text), ``D`` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from lightning_mue.exits import attached
+
+
+def encoder_kind(model: nn.Module) -> str:
+    """Return how the model's exits want image and text to meet; without exits, jointly."""
+    exits = attached(model)
+    return "joint" if exits is None else exits.config.encoder_kind
+
+
+def inputs(model: Any, tensors: Mapping[str, Tensor], depths: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Return what the model's own ``forward`` and ``generate`` must be given to compute what its exits' view does.
+
+    That is ``tensors`` with a joint encoder; with another, the memory that the model's own encoder gives under masks.
+    ``depths`` leaves ``image`` or ``text`` early.
+    """
+    if encoder_kind(model) == "joint":
+        return dict(tensors)
+    memory_BSD = masked_memory(model, tensors, depths or {})
+    return {"encoder_outputs": BaseModelOutput(memory_BSD), "attention_mask": tensors["attention_mask"]}
+
+
+@torch.no_grad()
+def masked_memory(model: Any, tensors: Mapping[str, Tensor], depths: Mapping[str, int]) -> Tensor:
+    """Return the encoder's states ``[B, S, D]`` under a block-diagonal mask, in the order of the joint sequence.
+
+    At full depth image and text come from one and the same joint pass. With text that reads the image, a second pass
+    has no blocks, but image tokens hold the image's memory before every layer.
+    """
+    is_image_BS = tensors["input_ids"] == model.config.image_token_id
+    valid_BSS = tensors["attention_mask"].bool()[:, None, :].expand(-1, is_image_BS.shape[1], -1)
+    blocks_BSS = valid_BSS & (is_image_BS[:, :, None] == is_image_BS[:, None, :])
+    image_BSD = _joint_pass(model, tensors, blocks_BSS, "image", depths)
+    if encoder_kind(model) == "decomposed":
+        text_BSD = _joint_pass(model, tensors, blocks_BSS, "text", depths)
+    else:
+        text_BSD = _joint_pass(model, tensors, valid_BSS, "text", depths, image_BSD)
+    return torch.where(is_image_BS[..., None], image_BSD, text_BSD)
+
+
+def _joint_pass(
+    model: Any,
+    tensors: Mapping[str, Tensor],
+    may_BSS: Tensor,
+    stream: str,
+    depths: Mapping[str, int],
+    image_BSD: Tensor | None = None,
+) -> Tensor:
+    """Run the model's own encoder over all tokens under a 4-D mask, left by all of them where ``stream`` is."""
+    encoder = model.model.language_model.encoder
+    is_image_BS1 = (tensors["input_ids"] == model.config.image_token_id)[..., None]
+    features = model.get_image_features(tensors["pixel_values"]).pooler_output
+    embeds_BSD = model.get_input_embeddings()(tensors["input_ids"]).masked_scatter(is_image_BS1, features)
+    mask = torch.zeros(may_BSS.shape, device=may_BSS.device).masked_fill(~may_BSS, torch.finfo(torch.float32).min)
+
+    def keep_image(_layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (torch.where(is_image_BS1, image_BSD, args[0]), *args[1:])
+
+    with ExitStack() as stack:
+        stack.enter_context(left_after(model, stream, depths.get(stream, len(encoder.layers))))
+        for layer in encoder.layers if image_BSD is not None else ():
+            stack.callback(layer.register_forward_pre_hook(keep_image).remove)
+        return encoder(inputs_embeds=embeds_BSD, attention_mask=mask[:, None]).last_hidden_state
+
+
+@contextmanager
+def left_after(model: Any, stream: str, depth: int):
+    """Cut the layers above ``depth`` off a stream, put the exit's adapter at the end; give the layers back after."""
+    language = model.model.language_model
+    owner, name = {
+        "vision": (model.model.vision_tower.blocks, "2"),  # the third stage is the long one
+        "decoder": (language.decoder, "layers"),
+    }.get(stream, (language.encoder, "layers"))
+    exits, layers = attached(model), getattr(owner, name)
+
+    def adapt(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        if stream != "vision":
+            return exits.adapt(stream, depth, output)
+        flat_BTD = exits.adapt(stream, depth, output.flatten(2).transpose(1, 2))
+        return flat_BTD.transpose(1, 2).reshape(output.shape)
+
+    hook = layers[depth - 1].register_forward_hook(adapt)
+    setattr(owner, name, layers[:depth])
+    try:
+        yield
+    finally:
+        hook.remove()
+        setattr(owner, name, layers)
+
+
+def generate(
+    model: Any, tensors: Mapping[str, Tensor], depths: Mapping[str, int] | None = None, **settings: Any
+) -> Tensor:
+    """Return the model's own greedy ``generate``; ``depths`` as in ``inputs``."""
+    return model.generate(**inputs(model, tensors, depths), num_beams=1, do_sample=False, **settings)
+
+
+def truncated_generate(model: Any, tensors: Mapping[str, Tensor], stream: str, depth: int, **settings: Any) -> Tensor:
+    """Return what ``generate`` gives when ``stream`` ends after ``depth`` layers and its adapter."""
+    if stream in ("image", "text"):
+        return generate(model, tensors, {stream: depth}, **settings)
+    with left_after(model, stream, depth):
+        return generate(model, tensors, **settings)
+
+
+def decoder_states(model: Any, tensors: Mapping[str, Tensor], ids_BT: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the decoder's states after layers 0 (embedding) to the last, each ``[B, T, D]``, and the logits.
+
+    Where a final norm follows the last layer, the last states are those after it.
+    """
+    with torch.no_grad():
+        out = model(**inputs(model, tensors), decoder_input_ids=ids_BT, output_hidden_states=True)
+    return list(out.decoder_hidden_states), out.logits
+
+
+def final_norm(model: Any) -> nn.Module:
+    """Return what the decoder applies after its last layer: mBART's norm, nothing for BART."""
+    return getattr(model.model.language_model.decoder, "layer_norm", nn.Identity())
+
+
+def exit_logits(model: Any, layer: int, h_BTD: Tensor) -> Tensor:
+    """Return the logits of the decoder exit after ``layer``: adapter, the backbone's final norm if any, its head."""
+    with torch.no_grad():
+        return model.lm_head(final_norm(model)(attached(model).adapters[f"decoder_{layer}"](h_BTD)))
