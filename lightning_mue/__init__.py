@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_mue.callbacks import CalibrateExits, CollectTrace
+    from lightning_mue.callbacks import CalibrateExits, CollectTrace, LogExitDepth, MultiExitSupervision
     from lightning_mue.data import ShardsDataModule
-    from lightning_mue.exits import ExitConfig, attach_exits, detach_exits
+    from lightning_mue.exits import ExitConfig, attach_exits, detach_exits, load_exits, save_exits
     from lightning_mue.export import freeze, load
     from lightning_mue.inference import ExitEngine
     from lightning_mue.latency import LatencyTable
@@ -30,13 +30,17 @@ _HOMES = {
     "ExitPolicy": "policy",
     "ExitRule": "policy",
     "LatencyTable": "latency",
+    "LogExitDepth": "callbacks",
     "MultiExitModule": "training",
+    "MultiExitSupervision": "callbacks",
     "ShardsDataModule": "data",
     "Trace": "trace",
     "attach_exits": "exits",
     "detach_exits": "exits",
     "freeze": "export",
     "load": "export",
+    "load_exits": "exits",
+    "save_exits": "exits",
 }
 
 __all__ = [
@@ -48,13 +52,17 @@ __all__ = [
     "ExitPolicy",
     "ExitRule",
     "LatencyTable",
+    "LogExitDepth",
     "MultiExitModule",
+    "MultiExitSupervision",
     "ShardsDataModule",
     "Trace",
     "attach_exits",
     "detach_exits",
     "freeze",
     "load",
+    "load_exits",
+    "save_exits",
 ]
 
 

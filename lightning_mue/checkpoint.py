@@ -12,7 +12,7 @@ from lightning_mue.training import MultiExitModule
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[MultiExitModule, Processor | None]:
-    """Return the module in eval mode, and the processor if the checkpoint's data module kept a tokenizer.
+    """Return the module in eval mode, and the processor if the checkpoint's data module kept a tokenizer or a name.
 
     Raises:
         ValueError: the file is not a checkpoint of a MultiExitModule.
@@ -32,5 +32,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[MultiExitModule, Proc
     data = checkpoint.get("ShardsDataModule")
     if data is None:
         return module, None
+    if "processor" in data:
+        return module, Processor.load(data["processor"])
     settings = checkpoint["datamodule_hyper_parameters"]
-    return module, build_processor(data["tokenizer"], settings["image_size"], settings["image_tokens"])
+    shape = {name: settings[name] for name in ("image_size", "image_tokens", "keep_aspect")}
+    return module, build_processor(data["tokenizer"], **shape)

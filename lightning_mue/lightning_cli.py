@@ -39,7 +39,8 @@ class MueTrainer(L.Trainer):
             datamodule: the data.
             ckpt_path: checkpoint to calibrate.
             keep: fraction of the full-depth metric to keep; the recipe's CalibrateExits if not given.
-            metric: ``exact_match``, ``accuracy`` or ``consistency``; likewise.
+            metric: ``exact_match``, ``accuracy``, ``vqa_accuracy``, ``anls``, ``character_accuracy`` or
+                ``consistency``; likewise.
             confidence_level: of the promise; likewise.
         """
         callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_mue.backbones.processor import Processor
 from lightning_mue.data.tasks import split_of
 from lightning_mue.metrics.answers import score
 
 Batch = dict[str, Any]
 SPLITS = {"propose": 0.3, "certify": 0.7}
+
+
+def missing_inputs(wanted: Sequence[str], found: Container[str]) -> list[str]:
+    """Return the backbone's inputs that are not there; an attention mask may be missing (then all tokens count)."""
+    return [name for name in wanted if name not in found and name != "attention_mask"]
 
 
 def rows_of(batch: Batch, keep: Sequence[bool]) -> Batch:
@@ -67,12 +73,13 @@ def scorer(trainer: L.Trainer, batch: Batch, metric: str) -> Callable[[Tensor], 
     Raises:
         ValueError: a metric that needs references and a processor, and one of them is missing.
     """
-    processor = getattr(getattr(trainer, "datamodule", None), "processor", None)
+    processor = _processor(trainer)
     references = batch.get("references")
     if processor is None or references is None:
         if metric == "consistency":
             return lambda sequences: [float("nan")] * len(sequences)
-        missing = "a data module with a `processor`" if processor is None else "batches with `references`"
+        owner = "a data module with a `processor`, or a LightningModule with one"
+        missing = owner if processor is None else "batches with `references`"
         raise ValueError(f"Metric {metric!r} needs {missing}; without it use metric 'consistency'.")
     by = "exact_match" if metric == "consistency" else metric
 
@@ -83,10 +90,25 @@ def scorer(trainer: L.Trainer, batch: Batch, metric: str) -> Callable[[Tensor], 
     return scores
 
 
+def _processor(trainer: L.Trainer) -> Any:
+    """Return what turns tokens into text: the data module's or the module's, ours or one of transformers."""
+    owners = (getattr(trainer, "datamodule", None), trainer.lightning_module)
+    found = next((p for p in (getattr(owner, "processor", None) for owner in owners) if p is not None), None)
+    foreign = hasattr(found, "tokenizer") and not isinstance(found, Processor)
+    return Processor(found) if foreign else found
+
+
 def answer_constraint(trainer: L.Trainer, end_id: int) -> Callable[[int, Tensor], list[int]] | None:
     """Return the data module's constraint to closed answers, or None if answers are free."""
     make = getattr(getattr(trainer, "datamodule", None), "answer_constraint", None)
     return make(end_id) if make is not None else None
+
+
+def prepared(trainer: L.Trainer, batch: Any, dataloader_idx: int) -> Any:
+    """Return a loader's batch as ``validation_step`` gets it: through the module's batch hooks, on its device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
 def on_device(batch: Batch, model: nn.Module) -> Batch:

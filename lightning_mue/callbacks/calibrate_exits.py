@@ -14,10 +14,13 @@ from lightning_mue.backbones import fingerprint, view
 from lightning_mue.calibration.certify import Provenance, Tested, certify, uncertified
 from lightning_mue.calibration.losses import check_promise
 from lightning_mue.calibration.propose import Proposal, propose
+from lightning_mue.callbacks.batch_keys import BatchKeys, Inputs, Key
 from lightning_mue.callbacks.batches import Batch, gather, in_split, rows_of, single
 from lightning_mue.callbacks.collect_trace import open_journal, record_batch
 from lightning_mue.callbacks.decoding import SplitDecoder
 from lightning_mue.callbacks.journal import Journal
+from lightning_mue.callbacks.multi_exit_supervision import find_model
+from lightning_mue.data import ShardsDataModule
 from lightning_mue.exits import attached
 from lightning_mue.inference.profile import device_name, measure_latency
 from lightning_mue.latency import LatencyTable
@@ -26,6 +29,10 @@ from lightning_mue.trace import Trace
 
 SELECTION_REUSED = (
     "selection_reused: nothing says that this data did not choose the checkpoint; if it did, the promise is weaker."
+)
+INDEPENDENT = (
+    "independent: no batch names clusters, so samples are taken as independent; if some share a picture, the promise "
+    "is weaker."
 )
 
 
@@ -39,34 +46,49 @@ class CalibrateExits(L.Callback):
 
     Args:
         keep: fraction of the full-depth metric to keep, or for ``consistency`` of outputs to leave unchanged.
-        metric: ``exact_match``, ``accuracy`` or ``consistency``.
+        metric: ``exact_match``, ``accuracy``, ``vqa_accuracy``, ``anls``, ``character_accuracy`` or ``consistency``; if
+            not given, ``exact_match`` with ShardsDataModule or named ``references``, else ``consistency``, which needs
+            none.
         confidence_level: of the promise.
         seed: of the certificate's one permutation.
         max_new_tokens: of each answer; the generation config's if not given.
-        model: attribute of the LightningModule that holds the backbone.
+        model: attribute of the LightningModule that holds the backbone; if not given, that of MultiExitSupervision in
+            the same trainer, else ``model``.
         out: where the policy goes; ``policy.json`` beside the checkpoint if not given. Two instances in one trainer
             must name two files.
         folder: of the journal that lets an interrupted calibration go on; ``<default_root_dir>/calibration``.
         latency_repeats: of each measurement of the latency table.
         fit_samples: samples simulated at each validation inside ``fit``; 0 for none.
+        inputs: where the batches of a project hold the backbone's inputs, such as ``{"pixel_values": "image"}``, or the
+            key of a mapping that holds them all; if not given, under their own names. Keys are positions in a tuple.
+        references: key of the accepted answers; ``references`` if not given, and there need be none.
+        sample_id: key of the samples' names; ``sample_id`` if not given, else a hash of each sample's inputs.
+        cluster: key of what was drawn independently, such as the picture; ``cluster`` if not given, else every sample
+            counts as independent, and the certificate says so.
     """
 
     def __init__(
         self,
         keep: float = 0.98,
-        metric: str = "exact_match",
+        metric: str | None = None,
         confidence_level: float = 0.95,
         seed: int = 0,
         max_new_tokens: int | None = None,
-        model: str = "model",
+        model: str | None = None,
         out: str | None = None,
         folder: str | None = None,
         latency_repeats: int = 30,
         fit_samples: int = 0,
+        inputs: Inputs = None,
+        references: Key | None = None,
+        sample_id: Key | None = None,
+        cluster: Key | None = None,
     ) -> None:
-        self.keep, self.metric, self.confidence_level, self.seed = keep, metric, confidence_level, seed
+        self.keep, self.confidence_level, self.seed = keep, confidence_level, seed
+        self.metric = metric or ""  # chosen when the data is known
         self.max_new_tokens, self.model, self.out, self.folder = max_new_tokens, model, out, folder
         self.latency_repeats, self.fit_samples = latency_repeats, fit_samples
+        self.keys = BatchKeys(inputs, references, sample_id, cluster)
         self.policy: ExitPolicy | None = None
         self.proposal: Proposal | None = None
         self.tests: list[Tested] = []
@@ -77,7 +99,7 @@ class CalibrateExits(L.Callback):
         self._paths: list[Path] = []
         self._clusters: dict[str, str] = {}
         self._one: Batch | None = None
-        self._seen = 0
+        self._seen, self._note = 0, ""
         self.check()
 
     def check(self) -> None:
@@ -86,7 +108,7 @@ class CalibrateExits(L.Callback):
         Raises:
             ValueError: it cannot be made.
         """
-        check_promise(self.keep, self.metric, self.confidence_level)
+        check_promise(self.keep, self.metric or "consistency", self.confidence_level)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the journal."""
@@ -94,10 +116,13 @@ class CalibrateExits(L.Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if trainer.sanity_checking or (fitting and not self.fit_samples):
             return
-        model = getattr(pl_module, self.model)
+        model = find_model(trainer, pl_module, self.model)
         exits = attached(model)
         if exits is None or not exits.layers:
             raise ValueError("There are no exits to calibrate; call `attach_exits(model, config)` and train them.")
+        if not self.metric:
+            ours = isinstance(getattr(trainer, "datamodule", None), ShardsDataModule)
+            self.metric = "exact_match" if ours or self.keys.references is not None else "consistency"
         self._journal = open_journal(trainer, model, self.metric, self.max_new_tokens, self.folder)
         self._paths, self._clusters, self._one, self._seen = [], {}, None, 0
 
@@ -116,9 +141,10 @@ class CalibrateExits(L.Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._seen >= self.fit_samples:
             return
+        model = find_model(trainer, pl_module, self.model)
+        self._note = "" if self.keys.names_clusters(batch) else INDEPENDENT
+        batch = self.keys.read(batch, view(model).generate_inputs)
         self._seen += len(batch["sample_id"])
-        if missing := [name for name in ("sample_id", "cluster") if name not in batch]:
-            raise ValueError(f"Calibration needs a name and a cluster for each sample; the batch has no {missing}.")
         certifies = in_split(trainer, batch, "certify")
         for row, certify_row in enumerate(certifies):
             if certify_row:
@@ -126,7 +152,6 @@ class CalibrateExits(L.Callback):
         if self._one is None:
             self._one = single(batch, 0)
         chosen = batch if fitting else rows_of(batch, [not c for c in certifies])
-        model = getattr(pl_module, self.model)
         path = record_batch(trainer, model, chosen, self.metric, self.max_new_tokens, self._journal)
         self._paths += [path] if path is not None else []
 
@@ -134,7 +159,7 @@ class CalibrateExits(L.Callback):
         """Propose, and outside of ``fit`` certify."""
         if self._journal is None:
             return
-        model = getattr(pl_module, self.model)
+        model = find_model(trainer, pl_module, self.model)
         paths, clusters = sorted(set(gather(self._paths))), dict(gather(sorted(self._clusters.items())))
         fitting = trainer.state.fn == TrainerFn.FITTING
         if not paths or not (clusters or fitting):
@@ -186,13 +211,14 @@ class CalibrateExits(L.Callback):
     def _certify(self, trainer: L.Trainer, model: Any, clusters: list[str]) -> ExitPolicy:
         assert self._journal is not None
         assert self.proposal is not None
-        self.decoder = SplitDecoder(trainer, model, self.metric, self.max_new_tokens, self._journal)
+        self.decoder = SplitDecoder(trainer, model, self.metric, self.max_new_tokens, self._journal, self.keys)
         settings = view(model).decode_settings(self.max_new_tokens)
         closed = list(getattr(getattr(trainer, "datamodule", None), "closed_answers", None) or [])
         precision = str(next(model.parameters()).dtype).removeprefix("torch.")
         decode = {**settings.plain, "answers": closed, "precision": precision, "batching": "per row"}
-        reused = "" if self._journal.key["data"] else SELECTION_REUSED
-        provenance = Provenance(fingerprint(model), self._journal.key["data"], decode, reused)
+        notes = ["" if self._journal.key["data"] else SELECTION_REUSED, self._note]
+        note = " ".join(note for note in notes if note)
+        provenance = Provenance(fingerprint(model), self._journal.key["data"], decode, note)
         policy, self.tests = certify(
             self.proposal.chain,
             self.decoder,

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 
 from lightning_mue.backbones import fingerprint, view
+from lightning_mue.callbacks.batch_keys import BatchKeys, Inputs, Key
 from lightning_mue.callbacks.batches import (
     Batch,
     answer_constraint,
@@ -19,6 +20,7 @@ from lightning_mue.callbacks.batches import (
     scorer,
 )
 from lightning_mue.callbacks.journal import Journal
+from lightning_mue.callbacks.multi_exit_supervision import find_model
 from lightning_mue.inference.record import record
 from lightning_mue.trace import Trace
 
@@ -72,8 +74,13 @@ class CollectTrace(L.Callback):
         metric: ``exact_match``, ``accuracy`` or ``consistency``.
         split: "propose" or "certify" records that part alone; None everything.
         max_new_tokens: of each answer; the generation config's if not given.
-        model: attribute of the LightningModule that holds the backbone.
+        model: attribute of the LightningModule that holds the backbone; if not given, that of MultiExitSupervision in
+            the same trainer, else ``model``.
         folder: of the journal; ``<default_root_dir>/calibration`` if not given.
+        inputs: where batches hold the backbone's inputs, as in CalibrateExits.
+        references: key of the accepted answers, as in CalibrateExits.
+        sample_id: key of the samples' names, as in CalibrateExits.
+        cluster: key of what was drawn independently, as in CalibrateExits.
     """
 
     def __init__(
@@ -82,11 +89,16 @@ class CollectTrace(L.Callback):
         metric: str = "exact_match",
         split: str | None = None,
         max_new_tokens: int | None = None,
-        model: str = "model",
+        model: str | None = None,
         folder: str | None = None,
+        inputs: Inputs = None,
+        references: Key | None = None,
+        sample_id: Key | None = None,
+        cluster: Key | None = None,
     ) -> None:
         self.out, self.metric, self.split = out, metric, split
         self.max_new_tokens, self.model, self.folder = max_new_tokens, model, folder
+        self.keys = BatchKeys(inputs, references, sample_id, cluster)
         self.trace: Trace | None = None
         self._journal: Journal | None = None
         self._paths: list[Path] = []
@@ -94,7 +106,7 @@ class CollectTrace(L.Callback):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the journal."""
         if not trainer.sanity_checking:
-            model = getattr(pl_module, self.model)
+            model = find_model(trainer, pl_module, self.model)
             self._journal = open_journal(trainer, model, self.metric, self.max_new_tokens, self.folder)
             self._paths = []
 
@@ -110,9 +122,10 @@ class CollectTrace(L.Callback):
         """Record the batch."""
         if self._journal is None or trainer.sanity_checking:
             return
+        model = find_model(trainer, pl_module, self.model)
+        batch = self.keys.read(batch, view(model).generate_inputs)
         if self.split is not None:
             batch = rows_of(batch, in_split(trainer, batch, self.split))
-        model = getattr(pl_module, self.model)
         path = record_batch(trainer, model, batch, self.metric, self.max_new_tokens, self._journal)
         self._paths += [path] if path is not None else []
 

@@ -14,6 +14,7 @@ from rich.progress import track
 
 from lightning_mue.backbones import view
 from lightning_mue.calibration.certify import Decoded
+from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import (
     Batch,
     answer_constraint,
@@ -21,6 +22,7 @@ from lightning_mue.callbacks.batches import (
     gather,
     in_split,
     on_device,
+    prepared,
     rows_of,
     scorer,
 )
@@ -42,14 +44,16 @@ class SplitDecoder:
         metric: scores the answers.
         max_new_tokens: of each answer.
         journal: keeps what was decoded.
+        keys: of the batches.
     """
 
     def __init__(
-        self, trainer: L.Trainer, model: Any, metric: str, max_new_tokens: int | None, journal: Journal
+        self, trainer: L.Trainer, model: Any, metric: str, max_new_tokens: int | None, journal: Journal, keys: BatchKeys
     ) -> None:
         self._trainer, self._model, self._metric = trainer, model, metric
-        self._max_new_tokens, self._journal = max_new_tokens, journal
-        settings = view(model).decode_settings(max_new_tokens)
+        self._max_new_tokens, self._journal, self._keys = max_new_tokens, journal, keys
+        backbone = view(model)
+        self._wanted, settings = backbone.generate_inputs, backbone.decode_settings(max_new_tokens)
         self._prefix_fn = answer_constraint(trainer, settings.end_ids[0])
         self._full_tokens: dict[str, list[int]] = {}
 
@@ -65,6 +69,7 @@ class SplitDecoder:
         )
         mine: list[dict[str, Any]] = []
         for batch in batches:
+            batch = self._keys.read(batch, self._wanted)
             batch = rows_of(batch, in_split(self._trainer, batch, "certify"))
             if batch["sample_id"]:
                 parts = [policy.to_json(), content(batch)]
@@ -72,6 +77,11 @@ class SplitDecoder:
         rows = [row for piece in gather(mine) for row in piece["rows"]]
         if policy.is_full_depth:
             self._full_tokens = {row["id"]: row["tokens"] for row in rows}
+        if unknown := [row["id"] for row in rows if row["id"] not in self._full_tokens]:
+            raise ValueError(
+                f"The validation data gave sample {unknown[0]!r} now and not before; every pass must give the same "
+                "samples: no random augmentation, and no shuffling with `limit_val_batches`."
+            )
         return Decoded(
             [row["id"] for row in rows],
             [row["cluster"] for row in rows],
@@ -79,14 +89,14 @@ class SplitDecoder:
             np.array([row["tokens"] == self._full_tokens[row["id"]] for row in rows]),
         )
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Any]:
         """Give the batches that the validation loop saw: of all loaders, as many as ``limit_val_batches`` says."""
         loaders: Any = self._trainer.val_dataloaders
         loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
-        for loader, limit in zip(
-            loaders if isinstance(loaders, (list, tuple)) else [loaders], self._trainer.num_val_batches, strict=True
-        ):
-            yield from itertools.islice(loader, None if limit == math.inf else int(limit))
+        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+        for i, (loader, limit) in enumerate(zip(loaders, self._trainer.num_val_batches, strict=True)):
+            for batch in itertools.islice(loader, None if limit == math.inf else int(limit)):
+                yield prepared(self._trainer, batch, i)
 
     def _decode(self, engine: ExitEngine, batch: Batch) -> dict[str, Any]:
         tensors = on_device(batch, self._model)

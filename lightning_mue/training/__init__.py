@@ -2,5 +2,6 @@
 
 from lightning_mue.training.losses import exit_weights
 from lightning_mue.training.module import MultiExitModule
+from lightning_mue.training.supervision import Supervision
 
-__all__ = ["MultiExitModule", "exit_weights"]
+__all__ = ["MultiExitModule", "Supervision", "exit_weights"]

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torchmetrics.classification import BinaryAUROC
 
 from lightning_mue.backbones import backbone_config, build_backbone, view
 from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached
 from lightning_mue.inference import ExitEngine, ExitOutput
 from lightning_mue.metrics.answers import AnswerScore
 from lightning_mue.policy import ExitPolicy
-from lightning_mue.training.depths import sample_depths
+from lightning_mue.signals import similarity
+from lightning_mue.training.depths import sample_step
+from lightning_mue.training.gates import decoder_gate_logits
 from lightning_mue.training.losses import Weighting
-from lightning_mue.training.objective import Objective, objective, supervise
-from lightning_mue.training.supervised import IGNORE
+from lightning_mue.training.objective import Objective, objective
+from lightning_mue.training.shortlist import FirstLabels, begin_shortlist
+from lightning_mue.training.start import Learners, let_learn, take_weights
+from lightning_mue.training.supervised import IGNORE, Supervised, supervise
+from lightning_mue.training.supervision import Supervision
 
 Batch = dict[str, Any]
 
@@ -36,12 +45,22 @@ class MultiExitModule(L.LightningModule):
         weight_decay: of AdamW, on matrices.
         warmup_steps: of the learning rate.
         weighting: of the decoder exits' losses: ``avg+last`` (DEED), ``sum`` (MuE), ``linear`` (CALM).
-        early_probability: that a vision or encoder stream is left at a random exit in a step.
-        early_after: share of the training after which that begins.
+        early_probability: that a stream before the decoder is left at a random exit in a step.
+        early_after: share of the training after which ``early_probability``, ``own_path`` and ``propagate`` begin.
         gate_weight: weight of the gates' loss; their inputs are detached, so they cost the backbone nothing.
+        gate_balance: safe and unsafe states weigh the same in the gates' loss.
+        own_path: share of steps in which the decoder's gates learn along the model's own greedy output instead of the
+            references; such a step decodes.
+        distill: weight of the KL divergence from the last exit's distribution to each earlier decoder exit's.
+        distill_temperature: of both distributions (Hinton et al., 2015).
+        propagate: share of steps in which every target position leaves the decoder at a random exit and deeper layers
+            read the state it left with, as under K/V fill ``propagate`` (CALM).
+        init_from: checkpoint whose weights training begins with, wherever name and shape are the same (another task,
+            other exits); the optimizer begins anew.
+        learns: ``all``; ``exits`` alone, for a backbone that must stay as it is; or their ``gates`` alone.
         attention: how training computes attention: ``eager`` (fastest under bf16 on CPUs) or ``sdpa``; evaluation
             always uses ``sdpa``.
-        seed: of the sampled depths.
+        seed: of all that is drawn for a step.
     """
 
     def __init__(
@@ -55,60 +74,88 @@ class MultiExitModule(L.LightningModule):
         early_probability: float = 0.25,
         early_after: float = 0.3,
         gate_weight: float = 1.0,
+        gate_balance: bool = True,
+        own_path: float = 0.0,
+        distill: float = 0.0,
+        distill_temperature: float = 1.0,
+        propagate: float = 0.0,
+        init_from: str | None = None,
+        learns: Learners = "all",
         attention: Literal["eager", "sdpa"] = "sdpa",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.model: Any = build_backbone(backbone)
         config = ExitConfig.of(exits)
-        self.save_hyperparameters(ignore=["backbone", "exits"])
+        self.save_hyperparameters(ignore=["backbone", "exits", "init_from"])
         # Plain values only: checkpoints are read with weights_only=True.
         self.save_hyperparameters({"backbone": backbone_config(self.model), "exits": config.to_dict()})
+        self.supervision = Supervision(**{f.name: self.hparams[f.name] for f in fields(Supervision)})
         attach_exits(self.model, config)
+        let_learn(self.model, learns)
         self.backbone = view(self.model)
         self.policy = ExitPolicy.full_depth()
         self._score = AnswerScore("exact_match")
+        signals = ("gate", "similarity") if config.gate else ("similarity",)
+        self._auroc: Any = nn.ModuleDict({f"{s}_{k}": BinaryAUROC() for k in config.decoder for s in signals})
+        self._first_labels: FirstLabels | None = None
+        if init_from is not None:
+            left = take_weights(self, init_from)
+            rank_zero_info(f"init_from: {len(left)} of {len(self.state_dict())} weights begin anew {left[:3]}")
+
+    def on_train_start(self) -> None:
+        """Make the shortlist of the training labels."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        vocab_size, step = self.backbone.decoder.vocab_size, self.trainer.global_step
+        self._first_labels = begin_shortlist(self.exits, vocab_size, datamodule, step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Deep supervision; some steps leave the vision and encoder streams early."""
+        """Deep supervision; some steps leave streams early, copy states or decode for the gates."""
+        if self._first_labels is not None:
+            self._first_labels.see(batch["labels"])
         progress = self.trainer.global_step / max(1, self._total_steps)
-        early = self.hparams["early_probability"] if progress >= self.hparams["early_after"] else 0.0
-        depths = sample_depths(self.exits.layers, early, self.hparams["seed"], self.trainer.global_step)
-        losses: Objective = objective(
-            self.backbone,
-            self.exits,
-            batch,
-            batch["labels"],
-            depths,
-            self.hparams["weighting"],
-            self.hparams["gate_weight"],
-        )
+        step = sample_step(self.supervision, self.exits.layers, self.trainer.global_step, progress)
+        losses: Objective = objective(self.backbone, self.exits, batch, batch["labels"], step, self.supervision)
         self.log("train/loss", losses.total)
-        self.log("train/loss_full_depth", losses.by_exit[self.backbone.decoder.num_layers], prog_bar=True)
         self.log("train/gates", losses.gates)
+        if losses.by_exit:
+            self.log("train/loss_full_depth", losses.by_exit[self.backbone.decoder.num_layers], prog_bar=True)
+        if self.supervision.distill:
+            self.log("train/distill", losses.distill)
         return losses.total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log quality at every exit: ``val/<stream>_<layer>/exact`` is the share of answers that are wholly right.
 
         Plain greedy decoding gives the first reference exactly if and only if every teacher-forced arg-max along it is
-        right, so nothing needs to be decoded. ``val/exact`` and ``val/loss`` are full depth.
+        right, so nothing needs to be decoded. ``val/exact`` and ``val/loss`` are full depth. ``gate_auroc`` and
+        ``similarity_auroc`` of a decoder exit say how well these signals tell where it agrees with the last layer
+        along the references (nan if it always does or never).
         """
-        size = len(batch["labels"])
-        options: dict[str, Mapping[str, int]] = {"": {}}
+        labels_BT, last = batch["labels"], self.backbone.decoder.num_layers
+        options: dict[str, Mapping[str, int]] = {}
         for stream, layers in self.exits.layers.items():
             options |= {f"{stream}_{k}/": {stream: k} for k in layers if stream != "decoder"}
+        found = supervise(self.backbone, self.exits, batch, labels_BT, {})
+        results = {"" if k == last else f"decoder_{k}/": result for k, result in found.results.items()}
         for name, depths in options.items():
-            results, _, _ = supervise(self.backbone, self.exits, batch, batch["labels"], depths)
-            last = max(results)
-            for k, result in results.items():
-                if k != last and name:
-                    continue
-                prefix = name if k == last else f"decoder_{k}/"
-                exact = _all_right(result.tokens_N, batch["labels"]).float().mean()
-                on_bar = prefix == ""
-                self.log(f"val/{prefix}loss", result.loss, batch_size=size, sync_dist=True)
-                self.log(f"val/{prefix}exact", exact, batch_size=size, sync_dist=True, prog_bar=on_bar)
+            results[name] = supervise(self.backbone, self.exits, batch, labels_BT, depths, [last]).last
+        for name, result in results.items():
+            exact = _all_right(result.tokens_N, labels_BT).float().mean()
+            size, on_bar = len(labels_BT), name == ""
+            self.log(f"val/{name}loss", result.loss, batch_size=size, sync_dist=True)
+            self.log(f"val/{name}exact", exact, batch_size=size, sync_dist=True, prog_bar=on_bar)
+        self._see_signals(found)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log how well signals tell where the decoder's exits agree with the last layer."""
+        for name, metric in self._auroc.items():
+            signal, k = name.split("_")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # one class alone, which gives 0
+                value = metric.compute()
+            metric.reset()
+            self.log(f"val/decoder_{k}/{signal}_auroc", value if value > 0 else value * math.nan, sync_dist=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Decode under ``self.policy`` and log exact match and mean exit depths."""
@@ -190,6 +237,16 @@ class MultiExitModule(L.LightningModule):
         if not hasattr(datamodule, "processor"):
             raise ValueError("`test` and `predict` need a data module with a `processor`, such as ShardsDataModule.")
         return datamodule.processor
+
+    def _see_signals(self, found: Supervised) -> None:
+        """Add a pass's scores, all in [0, 1], and agreements."""
+        logits = decoder_gate_logits(self.backbone, self.exits, found) if self.exits.config.gate else {}
+        for k, logits_N in logits.items():
+            self._auroc[f"gate_{k}"].update(logits_N.float().sigmoid(), found.agrees(k))
+        for k in self.exits.layers.get("decoder", ()):
+            h_ND, before_ND = (found.states[i][found.counts_BT] for i in (k, k - 1))
+            cosine_N = similarity(h_ND[:, None], before_ND[:, None])
+            self._auroc[f"similarity_{k}"].update((cosine_N.clamp(-1, 1) + 1) / 2, found.agrees(k))
 
     def _generate(self, batch: Batch) -> ExitOutput:
         """Decode under the policy, closed answers only where the data module has them."""

@@ -5,17 +5,18 @@ Shapes: ``B`` batch, ``T`` target positions, ``D`` width, ``N`` target tokens th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mue.backbones import Backbone
 from lightning_mue.backbones.stream import Inputs, causal_mask
 from lightning_mue.exits import Exits
+from lightning_mue.training.losses import divergence
 
 IGNORE = -100
 
@@ -29,11 +30,99 @@ class StreamStates:
 
 
 @dataclass
+class Teacher:
+    """What earlier exits learn to say: the last exit's log-probabilities ``[N, V]`` at a temperature, no gradient."""
+
+    log_p_NV: Tensor
+    temperature: float
+
+
+@dataclass
 class ExitResult:
-    """One decoder exit on one batch: mean cross-entropy and the tokens it would choose, ``[N]``."""
+    """One decoder exit on one batch: mean cross-entropy, the tokens it would choose ``[N]``, KL from the teacher."""
 
     loss: Tensor
     tokens_N: Tensor
+    divergence: Tensor | None
+
+
+@dataclass
+class Supervised:
+    """What a pass found.
+
+    Args:
+        results: decoder layer -> result, in order; the last one is full depth.
+        states: the decoder's after every layer, from the embedding on.
+        streams: each other stream's at the exits it passed.
+        counts_BT: True at target tokens that count.
+    """
+
+    results: dict[int, ExitResult]
+    states: list[Tensor]
+    streams: dict[str, StreamStates]
+    counts_BT: Tensor
+
+    @property
+    def last(self) -> ExitResult:
+        """Full depth."""
+        return self.results[max(self.results)]
+
+    def agrees(self, k: int) -> Tensor:
+        """Return ``[N]``: the exit after decoder layer ``k`` chooses the token that the last layer chooses."""
+        return self.results[k].tokens_N == self.last.tokens_N
+
+
+def decoder_exits(backbone: Backbone, exits: Exits) -> tuple[int, ...]:
+    """Return the decoder's exit layers, the last layer included."""
+    return (*exits.layers.get("decoder", ()), backbone.decoder.num_layers)
+
+
+def supervise(
+    backbone: Backbone,
+    exits: Exits,
+    inputs: Inputs,
+    labels_BT: Tensor,
+    depths: Mapping[str, int],
+    at: Sequence[int] | None = None,
+    distill_temperature: float | None = None,
+) -> Supervised:
+    """Teacher-force the decoder's exits, the streams before it left at ``depths``.
+
+    Args:
+        backbone: the model's streams.
+        exits: its exits.
+        inputs: the backbone's own.
+        labels_BT: target tokens, -100 where none counts.
+        depths: stream name -> depth; full depth where not named.
+        at: decoder layers whose results are wanted; all exits and the last layer if not given.
+        distill_temperature: compare the exits with the last one at this temperature; None does not.
+    """
+    states, streams = run_streams(backbone, exits, inputs, labels_BT, depths)
+    teacher, last = None, backbone.decoder.num_layers
+    if distill_temperature is not None:
+        logits_NV = exit_logits(backbone, exits, last, states[last][labels_BT != IGNORE]).detach()
+        log_p_NV = (logits_NV.float() / distill_temperature).log_softmax(-1)
+        teacher = Teacher(log_p_NV, distill_temperature)
+    results = {
+        k: exit_result(backbone, exits, k, states[k], labels_BT, teacher if k < last else None)
+        for k in at or decoder_exits(backbone, exits)
+    }
+    return Supervised(results, states, streams, labels_BT != IGNORE)
+
+
+def run_streams(
+    backbone: Backbone,
+    exits: Exits,
+    inputs: Inputs,
+    labels_BT: Tensor,
+    depths: Mapping[str, int],
+    depth_BT: Tensor | None = None,
+) -> tuple[list[Tensor], dict[str, StreamStates]]:
+    """Run everything but the heads; return the decoder's states after every layer and the other streams' at exits."""
+    settings = backbone.decode_settings(None)
+    memory_BSD, streams = encode(backbone, exits, inputs, depths)
+    ids_BT = shift_right(labels_BT, settings.start_id, settings.pad_id)
+    return decoder_states(backbone, memory_BSD, backbone.memory_mask(inputs), ids_BT, depth_BT), streams
 
 
 def encode(
@@ -44,28 +133,39 @@ def encode(
     Returns:
         The decoder's memory ``[B, S, D]`` and each stream's states at the exits passed.
     """
-    out: Tensor | None = None
+    done: dict[str, Tensor] = {}
     states: dict[str, StreamStates] = {}
     for stream in backbone.encoders:
         depth = depths.get(stream.name, stream.num_layers)
-        state = stream.prologue(inputs, out)
+        state = stream.prologue(inputs, done)
         states[stream.name] = StreamStates({}, state.valid_BT)
         for k in range(1, depth + 1):
             state.h_BTD = stream.layer(k, state)
             if k in exits.layers.get(stream.name, ()):
                 states[stream.name].at_exit[k] = state.h_BTD.detach()
-        out = stream.epilogue(exits.adapt(stream.name, depth, state.h_BTD))
-    assert out is not None
-    return out, states
+        done[stream.name] = stream.epilogue(state.at(exits.adapt(stream.name, depth, state.h_BTD)))
+    return backbone.memory(done), states
 
 
-def decoder_states(backbone: Backbone, memory_BSD: Tensor, memory_mask: Tensor | None, ids_BT: Tensor) -> list[Tensor]:
-    """Run the decoder over whole target sequences; return the states after layers 0 (embedding) to the last."""
+def decoder_states(
+    backbone: Backbone, memory_BSD: Tensor, memory_mask: Tensor | None, ids_BT: Tensor, depth_BT: Tensor | None = None
+) -> list[Tensor]:
+    """Run the decoder over whole target sequences; return the states after layers 0 (embedding) to the last.
+
+    Args:
+        backbone: the model's streams.
+        memory_BSD: what the decoder's cross-attention reads.
+        memory_mask: additive, or None.
+        ids_BT: input tokens.
+        depth_BT: the layer after which each position is left; above it the position's state stays as it is, and deeper
+            layers project its K/V from that (CALM, section 3.1). None leaves none.
+    """
     decoder = backbone.decoder
     states = [decoder.embed(ids_BT, 0)]
     mask = causal_mask(0, ids_BT.shape[1], states[0].dtype, ids_BT.device)
     for k in range(1, decoder.num_layers + 1):
-        states.append(decoder.layer(k, states[-1], memory_BSD, mask, memory_mask))
+        h_BTD = decoder.layer(k, states[-1], memory_BSD, mask, memory_mask)
+        states.append(h_BTD if depth_BT is None else torch.where((depth_BT >= k)[..., None], h_BTD, states[-1]))
     return states
 
 
@@ -76,32 +176,27 @@ def shift_right(labels_BT: Tensor, start_id: int, pad_id: int) -> Tensor:
     return ids_BT.masked_fill(ids_BT == IGNORE, pad_id)
 
 
-def exit_result(backbone: Backbone, exits: Exits, k: int, h_BTD: Tensor, labels_BT: Tensor) -> ExitResult:
+def exit_logits(backbone: Backbone, exits: Exits, k: int, h: Tensor) -> Tensor:
+    """Return the vocabulary logits ``[..., V]`` of the decoder exit after layer ``k``: adapter, norm, head."""
+    return backbone.decoder.head(backbone.decoder.norm(exits.adapt("decoder", k, h)))
+
+
+def exit_result(
+    backbone: Backbone, exits: Exits, k: int, h_BTD: Tensor, labels_BT: Tensor, teacher: Teacher | None = None
+) -> ExitResult:
     """Return the loss and choices of the decoder exit after layer ``k``.
 
-    The logits are recomputed in the backward pass, so that only one exit's logits are ever in memory.
+    The logits are recomputed in the backward pass, so that only one exit's logits (and the teacher's) are ever in
+    memory.
     """
 
-    def from_states(h_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NV = backbone.decoder.head(backbone.decoder.norm(exits.adapt("decoder", k, h_ND)))
-        return cross_entropy(logits_NV.float(), labels_N), logits_NV.detach().argmax(-1)
+    def from_states(h_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits_NV = exit_logits(backbone, exits, k, h_ND)
+        apart = None if teacher is None else divergence(logits_NV, teacher.log_p_NV, teacher.temperature)
+        return cross_entropy(logits_NV.float(), labels_N), logits_NV.detach().argmax(-1), apart
 
     counts = labels_BT != IGNORE
     h_ND, labels_N = h_BTD[counts], labels_BT[counts]
     if torch.is_grad_enabled():
-        loss, tokens = checkpoint(from_states, h_ND, labels_N, use_reentrant=False)
-    else:
-        loss, tokens = from_states(h_ND, labels_N)
-    return ExitResult(loss, tokens)
-
-
-def gate_loss(logits: Tensor, safe: Tensor) -> Tensor:
-    """Return the class-balanced cross-entropy of a gate: safe and unsafe states weigh the same in each batch.
-
-    Args:
-        logits: gate logits, ``[n]``.
-        safe: True where leaving changes nothing, ``[n]``.
-    """
-    share = safe.float().mean().clamp(0.02, 0.98)
-    weight = torch.where(safe, 0.5 / share, 0.5 / (1 - share))
-    return binary_cross_entropy_with_logits(logits.float(), safe.float(), weight=weight)
+        return ExitResult(*checkpoint(from_states, h_ND, labels_N, use_reentrant=False))
+    return ExitResult(*from_states(h_ND, labels_N))

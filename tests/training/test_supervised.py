@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 
 from lightning_mue.backbones import num_layers, view
 from lightning_mue.exits import attached
-from lightning_mue.training.depths import sample_depths
-from lightning_mue.training.losses import exit_weights
-from lightning_mue.training.objective import objective, supervise
-from lightning_mue.training.supervised import gate_loss
-from tests import zoo
+from lightning_mue.training.supervised import exit_result, supervise
+from tests import reference, zoo
+
+BACKBONES = list(zoo.BACKBONES)
 
 
 def batch_of(name, size=3):
@@ -19,103 +18,91 @@ def batch_of(name, size=3):
     return zoo.inputs(name, size), labels
 
 
-@pytest.mark.parametrize("name", list(zoo.BACKBONES))
+def agreeable(model):
+    """Make exits agree with the last layer now and then, as those of a trained model do."""
+    with torch.no_grad():
+        for layer in model.model.language_model.decoder.layers[1:]:
+            for part in (layer.fc2, layer.self_attn.out_proj, layer.encoder_attn.out_proj):
+                part.weight *= 0.06
+        for parameter in attached(model).adapters.parameters():
+            parameter *= 0.1
+    return model
+
+
+def reference_logits(model, name, tensors, labels):
+    """Exit layer (or last) -> logits ``[B, T, V]``, from the model's own hidden states, norm and head."""
+    ids = torch.cat([torch.full((len(labels), 1), zoo.START), labels[:, :-1]], 1)
+    given = reference.inputs(model, tensors)
+    out = model(**given, decoder_input_ids=ids.where(ids >= 0, zoo.PAD), output_hidden_states=True)
+    norm = getattr(model.model.language_model.decoder, "layer_norm", torch.nn.Identity())
+    adapters = attached(model).adapters
+    return {
+        k: model.lm_head(norm(adapters[f"decoder_{k}"](out.decoder_hidden_states[k])))
+        for k in zoo.exit_layers(name)["decoder"]
+    } | {num_layers(view(model))["decoder"]: out.logits}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_every_exit_loss_is_the_shared_head_on_the_adapted_state(name, attention):
     model = zoo.make(name)
     model.set_attn_implementation(attention)
     tensors, labels = batch_of(name)
-    backbone, exits = view(model), attached(model)
-    results, _, _ = supervise(backbone, exits, tensors, labels, {})
-    reference = model(**tensors, labels=labels, output_hidden_states=True)
-    last = num_layers(backbone)["decoder"]
-    torch.testing.assert_close(results[last].loss, reference.loss)
-    for k in zoo.exit_layers(name)["decoder"]:
-        h = exits.adapters[f"decoder_{k}"](reference.decoder_hidden_states[k])
-        expected = cross_entropy(model.lm_head(h).flatten(0, 1), labels.flatten(), ignore_index=-100)
-        torch.testing.assert_close(results[k].loss, expected)
+    found = supervise(view(model), attached(model), tensors, labels, {})
+    expected = reference_logits(model, name, tensors, labels)
+    assert list(found.results) == list(expected)
+    for k, logits in expected.items():
+        loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        torch.testing.assert_close(found.results[k].loss, loss)
+        assert found.results[k].tokens_N.equal(logits.argmax(-1)[labels >= 0])
+        assert found.results[k].divergence is None
 
 
-@pytest.mark.parametrize("name", list(zoo.BACKBONES))
-@pytest.mark.parametrize("depths", [{}, {"vision": 2}, {"encoder": 1}, {"vision": 1, "encoder": 3}])
-def test_every_exit_parameter_gets_a_gradient_in_every_step(name, depths):
-    model = zoo.make(name).train()
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_divergence_is_that_of_the_two_distributions(name, temperature):
+    model = zoo.make(name)
     tensors, labels = batch_of(name)
-    objective(view(model), attached(model), tensors, labels, depths, "avg+last", 1.0).total.backward()
-    assert all(p.grad is not None for p in attached(model).parameters())
-    for stream, k in depths.items():
-        assert any(p.grad.abs().sum() > 0 for p in attached(model).adapters[f"{stream}_{k}"].parameters())
-
-
-@pytest.mark.parametrize("name", list(zoo.BACKBONES))
-def test_gates_do_not_pull_on_the_backbone(name):
-    tensors, labels = batch_of(name)
-    grads = []
-    for weight in (0.0, 5.0):
-        model = zoo.make(name)
-        objective(view(model), attached(model), tensors, labels, {"encoder": 1}, "sum", weight).total.backward()
-        grads.append(
-            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and "gates" not in n}
-        )
-    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
-
-
-def test_weights_are_those_of_the_papers():
-    assert exit_weights("avg+last", (1, 2, 4)) == pytest.approx((1 / 3, 1 / 3, 4 / 3))
-    assert exit_weights("sum", (1, 2, 4)) == (1, 1, 1)
-    assert exit_weights("linear", (1, 2, 4)) == pytest.approx((1 / 7, 2 / 7, 4 / 7))
-    with pytest.raises(ValueError, match=r"avg\+last, sum or linear, got 'mean'"):
-        exit_weights("mean", (1, 2))
-
-
-def test_sampled_depths_depend_on_seed_and_step_alone():
-    layers = {"vision": (1, 2), "encoder": (1, 2, 3), "decoder": (1,)}
-    draws = [sample_depths(layers, 0.5, 7, step) for step in range(400)]
-    assert draws == [sample_depths(layers, 0.5, 7, step) for step in range(400)]
-    assert all("decoder" not in d for d in draws)
-    share = sum("vision" in d for d in draws) / 400
-    assert 0.4 < share < 0.6
-    assert {d["encoder"] for d in draws if "encoder" in d} == {1, 2, 3}
-    assert all(sample_depths(layers, 0.0, 7, step) == {} for step in range(20))
-
-
-def test_gate_loss_balances_classes():
-    logits = torch.zeros(100)
-    safe = torch.zeros(100, dtype=torch.bool)
-    safe[:90] = True
-    # Gradients of the safe and the unsafe must weigh the same at logit 0.
-    logits.requires_grad_()
-    gate_loss(logits, safe).backward()
-    assert logits.grad[:90].sum().item() == pytest.approx(-logits.grad[90:].sum().item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("depths", [{}, {"vision": 1}, {"encoder": 2}])
-def test_in_distributed_training_no_parameter_is_without_a_gradient(depths, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = zoo.make("florence2").train()
-        tensors, labels = batch_of("florence2")
-        objective(view(model), attached(model), tensors, labels, depths, "avg+last", 1.0).total.backward()
-        assert all(p.grad is not None for p in model.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_dropout_does_not_blame_an_exit(monkeypatch):
-    """Leaving at the last exit of a stream whose last layer is the identity is harmless, whatever dropout draws."""
-    model = zoo.make("florence2").train()
-    for module in model.modules():
-        if hasattr(module, "dropout"):
-            module.dropout = 0.3
-    tensors, labels = batch_of("florence2")
-    exits = attached(model)
-    monkeypatch.setattr(type(exits), "adapt", lambda self, stream, k, h: h)
-    stream = view(model).encoders[1]
-    monkeypatch.setattr(type(stream), "layer", lambda self, k, state: state.h_BTD)  # depth changes nothing
-    seen = []
-    monkeypatch.setattr(
-        "lightning_mue.training.objective.gate_loss", lambda logits, safe: seen.append(safe) or logits.sum()
+    found = supervise(view(model), attached(model), tensors, labels, {}, distill_temperature=temperature)
+    *early, last = (
+        log_softmax(logits[labels >= 0] / temperature, -1)
+        for logits in reference_logits(model, name, tensors, labels).values()
     )
-    objective(view(model), exits, tensors, labels, {"encoder": 1}, "avg+last", 1.0)
-    assert model.training
-    assert seen[-1].all()
+    for result, student in zip(found.results.values(), early, strict=False):
+        nats = (last.exp() * (last - student)).sum(-1)
+        torch.testing.assert_close(result.divergence, nats.mean() * temperature**2)
+    assert found.last.divergence is None
+
+
+def test_no_logits_are_kept_for_the_backward_pass():
+    model = zoo.make("florence2")
+    tensors, labels = batch_of("florence2")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        found = supervise(view(model), attached(model), tensors, labels, {}, distill_temperature=1.0)
+    assert kept
+    assert [shape for shape in kept if shape == ((labels >= 0).sum(), zoo.VOCABULARY)] == []
+    sum(result.loss for result in found.results.values()).backward()
+
+
+def test_asking_for_some_layers_gives_them_alone():
+    model = zoo.make("florence2")
+    tensors, labels = batch_of("florence2")
+    everything = supervise(view(model), attached(model), tensors, labels, {"encoder": 1})
+    some = supervise(view(model), attached(model), tensors, labels, {"encoder": 1}, [2, 5])
+    assert list(some.results) == [2, 5]
+    assert all(torch.equal(some.results[k].loss, everything.results[k].loss) for k in (2, 5))
+    assert torch.equal(some.agrees(2), everything.results[2].tokens_N == everything.results[5].tokens_N)
+
+
+def test_an_exit_result_has_the_gradient_of_its_loss():
+    """Recomputing in the backward pass changes no gradient."""
+    model = zoo.make("florence2")
+    tensors, labels = batch_of("florence2")
+    backbone, exits = view(model), attached(model)
+    h = supervise(backbone, exits, tensors, labels, {}).states[2].detach().requires_grad_()
+    exit_result(backbone, exits, 2, h, labels).loss.backward()
+    found, h.grad = h.grad, None
+    logits = model.lm_head(exits.adapters["decoder_2"](h))
+    cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).backward()
+    torch.testing.assert_close(found, h.grad)

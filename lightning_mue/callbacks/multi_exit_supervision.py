@@ -1,0 +1,274 @@
+"""MultiExitSupervision: exits and deep supervision for a project whose own code stays as it is."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_mue.backbones import EXITS, view
+from lightning_mue.callbacks.batches import missing_inputs
+from lightning_mue.callbacks.held_model import held_model
+from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached
+from lightning_mue.exits.exits_file import check_same, pack_exits, unpack_exits
+from lightning_mue.training.depths import sample_step
+from lightning_mue.training.losses import Weighting
+from lightning_mue.training.objective import objective
+from lightning_mue.training.replace_loss import replace_loss
+from lightning_mue.training.shortlist import FirstLabels, begin_shortlist
+from lightning_mue.training.supervision import Supervision
+
+
+class MultiExitSupervision(L.Callback):
+    """Attaches exits to the model that a LightningModule holds, and trains them through that model's own ``loss``.
+
+    Within ``training_step`` the model's output has the objective of deep supervision as its ``loss``; everywhere else
+    outputs are untouched. The exits are a submodule of the model, so that ``configure_optimizers`` sees them. In a
+    checkpoint they lie in this callback's state, and ``state_dict`` is that of the project without exits.
+
+    Args:
+        model: attribute of the LightningModule that holds the backbone, such as ``net`` or ``model.net``; made in
+            ``__init__`` or ``configure_model``.
+        exits: which layers become exits.
+        weighting: of the decoder exits' losses: ``avg+last`` (DEED), ``sum`` (MuE), ``linear`` (CALM).
+        early_probability: that a stream before the decoder is left at a random exit in a step.
+        early_after: share of the training after which ``early_probability``, ``own_path`` and ``propagate`` begin.
+        gate_weight: weight of the gates' loss; their inputs are detached, so they cost the backbone nothing.
+        gate_balance: as in MultiExitModule, like the four that follow.
+        own_path: share of steps in which the decoder's gates learn along the model's own output.
+        distill: weight of the KL divergence from the last exit's distribution to each earlier decoder exit's.
+        distill_temperature: of both distributions.
+        propagate: share of steps in which target positions leave the decoder at random exits (CALM).
+        seed: of all that is drawn for a step, and of the new exits' weights.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        exits: ExitConfig | dict[str, Any],
+        weighting: Weighting = "avg+last",
+        early_probability: float = 0.25,
+        early_after: float = 0.3,
+        gate_weight: float = 1.0,
+        gate_balance: bool = True,
+        own_path: float = 0.0,
+        distill: float = 0.0,
+        distill_temperature: float = 1.0,
+        propagate: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.exits = model, ExitConfig.of(exits)
+        self.supervision = Supervision(
+            weighting,
+            early_probability,
+            early_after,
+            gate_weight,
+            gate_balance,
+            own_path,
+            distill,
+            distill_temperature,
+            propagate,
+            seed,
+        )
+        self._first_labels: FirstLabels | None = None
+        self._forget_absence: Callable[[], None] | None = None
+        self._restore_forward: Callable[[], None] | None = None
+        self._supervised = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Attach the exits: before the optimizer is made, and before a checkpoint is read."""
+        _check_trainer(trainer)
+        model = held_model(pl_module, self.model)
+        exits = attached(model)
+        if exits is None:
+            with torch.random.fork_rng(devices=[]):  # the project draws the numbers that it would without exits
+                torch.default_generator.manual_seed(self.supervision.seed)
+                exits = attach_exits(model, self.exits)
+        check_same(self.exits, exits, f"MultiExitSupervision({self.model!r})")
+        self._release()
+        self._forget_absence = exits.register_load_state_dict_post_hook(_may_be_absent).remove
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look whether the exits will learn."""
+        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        if any(id(p) not in trained for p in self._exits(pl_module).parameters()):
+            raise ValueError(
+                f"`configure_optimizers` leaves out parameters of `{self.model}.{EXITS}`, so the exits would not "
+                f"learn; give the optimizer `self.parameters()`, or `self.{self.model}.{EXITS}.parameters()` too."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the shortlist of the training labels, if the exits have one."""
+        vocab_size = view(held_model(pl_module, self.model)).decoder.vocab_size
+        datamodule = getattr(trainer, "datamodule", None)
+        self._first_labels = begin_shortlist(self._exits(pl_module), vocab_size, datamodule, trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the model's loss be the objective in this step."""
+        model = held_model(pl_module, self.model)
+        self._restore()
+        self._restore_forward = replace_loss(model, lambda given: self._loss(trainer, pl_module, model, given))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give the model its own loss back."""
+        self._restore()
+        if not self._supervised:
+            raise ValueError(
+                f"`training_step` did not call `self.{self.model}(...)` with gradients, so no exit was trained; "
+                f"`model` must name the module whose `loss` it returns, got {self.model!r}."
+            )
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Move the exits from the project's weights into this callback's state."""
+        model = held_model(pl_module, self.model)
+        if attached(model) is None:  # taken off since
+            return
+        for name in self._weights_in(checkpoint["state_dict"], pl_module):
+            del checkpoint["state_dict"][name]
+        checkpoint["callbacks"][self.state_key] = pack_exits(model)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the exits back."""
+        packed = checkpoint["callbacks"].get(self.state_key)
+        if packed is not None:
+            unpack_exits(held_model(pl_module, self.model), packed, "the checkpoint")
+        elif self._weights_in(checkpoint["state_dict"], pl_module):
+            return
+        elif trainer.state.fn == TrainerFn.FITTING:
+            raise ValueError(
+                f"The checkpoint holds no exits of {self.model!r}, so its optimizer cannot go on with them. Load its "
+                "weights alone (`load_from_checkpoint`) and call `fit` without `ckpt_path`."
+            )
+        else:
+            rank_zero_warn(f"The checkpoint holds no exits of {self.model!r}: they stay as they are.")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind but the exits."""
+        self._release()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave nothing behind but the exits."""
+        self._release()
+
+    @property
+    def state_key(self) -> str:
+        """Name this instance's state by the model it trains: a trainer may have one for each of several models."""
+        return self._generate_state_key(model=self.model)
+
+    def _loss(self, trainer: L.Trainer, pl_module: L.LightningModule, model: Any, given: Mapping[str, Any]) -> Tensor:
+        backbone, exits = view(model), self._exits(pl_module)
+        _check_call(model, backbone.generate_inputs, given)
+        inputs = {name: given[name] for name in backbone.generate_inputs if given.get(name) is not None}
+        if self._first_labels is not None:
+            self._first_labels.see(given["labels"])
+        step = sample_step(self.supervision, exits.layers, trainer.global_step, self._progress(trainer))
+        losses = objective(backbone, exits, inputs, given["labels"], step, self.supervision)
+        pl_module.log("train/gates", losses.gates)
+        if losses.by_exit:
+            pl_module.log("train/loss_full_depth", losses.by_exit[backbone.decoder.num_layers])
+        if self.supervision.distill:
+            pl_module.log("train/distill", losses.distill)
+        self._supervised = True
+        return losses.total
+
+    def _progress(self, trainer: L.Trainer) -> float:
+        """Return the share of the training that is done, where anything begins late."""
+        if not self.supervision.begins_late:
+            return 1.0
+        total = trainer.estimated_stepping_batches
+        if total == math.inf:
+            raise ValueError(
+                "`early_after` is a share of the training, which has no end: give the Trainer `max_steps` or "
+                "`max_epochs`, or set `early_after=0`."
+            )
+        return trainer.global_step / max(1, total)
+
+    def _exits(self, pl_module: L.LightningModule) -> Exits:
+        exits = attached(held_model(pl_module, self.model))
+        assert exits is not None
+        return exits
+
+    def _weights_in(self, state_dict: Mapping[str, Any], pl_module: L.LightningModule) -> list[str]:
+        """Return the names of the exits' weights in the project's, under whatever attributes it holds the model."""
+        exits = self._exits(pl_module)
+        names = [name for name, module in pl_module.named_modules(remove_duplicate=False) if module is exits]
+        return [key for key in state_dict if key.startswith(tuple(f"{name}." for name in names))]
+
+    def _restore(self) -> None:
+        if self._restore_forward is not None:
+            self._restore_forward()
+            self._restore_forward = None
+
+    def _release(self) -> None:
+        self._restore()
+        if self._forget_absence is not None:
+            self._forget_absence()
+            self._forget_absence = None
+
+
+def find_model(trainer: L.Trainer, pl_module: L.LightningModule, path: str | None) -> Any:
+    """Return the backbone at ``path``; if that is None, the one that MultiExitSupervision trains, else ``model``.
+
+    Raises:
+        ValueError: there is no such module, or several are trained.
+    """
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    trained = [callback.model for callback in callbacks if isinstance(callback, MultiExitSupervision)]
+    if path is None and len(trained) > 1:
+        raise ValueError(f"`model` must say which of {trained} is meant.")
+    return held_model(pl_module, path or (trained[0] if trained else "model"))
+
+
+def _check_trainer(trainer: L.Trainer) -> None:
+    """Refuse what would lose the exits.
+
+    Raises:
+        ValueError: a checkpoint of weights alone, or a strategy that shards them.
+    """
+    if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
+        raise ValueError(
+            "A checkpoint with `save_weights_only=True` holds no callback's state, and so no exits; leave that out, or "
+            "write them yourself with `lightning_mue.save_exits(model, path)`."
+        )
+    if trainer.strategy.restore_checkpoint_after_setup:
+        raise ValueError(
+            "MultiExitSupervision needs whole weights in every process (one device, or DDP), got "
+            f"{type(trainer.strategy).__name__}."
+        )
+
+
+def _check_call(model: Any, wanted: tuple[str, ...], given: Mapping[str, Any]) -> None:
+    """Look whether deep supervision can do what the model was called for.
+
+    Raises:
+        ValueError: labels or an input are missing, or an argument would be passed over.
+    """
+    present = [name for name, value in given.items() if value is not None]
+    if "labels" not in present:
+        raise ValueError(f"Deep supervision needs `labels`; the model was called with {present}.")
+    if missing := missing_inputs(wanted, present):
+        raise ValueError(f"Deep supervision needs {missing}; the model was called with {present}.")
+    known = inspect.signature(model.forward).parameters.keys() - {*wanted, "labels"}
+    if passed_over := [name for name in present if name in known and not isinstance(given[name], (bool, int))]:
+        raise ValueError(
+            f"Deep supervision makes the decoder's inputs of `labels` and would pass over {passed_over}; leave it out."
+        )
+
+
+def _may_be_absent(exits: nn.Module, keys: Any) -> None:
+    """Accept weights of the project without exits: their own come from the callback's state."""
+    missing = [key for key in keys.missing_keys if EXITS in key.split(".")]
+    if len(missing) == len(exits.state_dict()):
+        for key in missing:
+            keys.missing_keys.remove(key)

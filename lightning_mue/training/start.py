@@ -1,0 +1,52 @@
+"""Where a training begins and what it may change."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lightning_mue.exits import attached
+
+Learners = Literal["all", "exits", "gates"]
+
+
+def take_weights(module: nn.Module, path: str | os.PathLike[str]) -> list[str]:
+    """Take over a checkpoint's weights wherever name and shape are the same; return the names left as they were.
+
+    Raises:
+        ValueError: the file is no Lightning checkpoint, or nothing in it fits.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"`init_from` must be a Lightning checkpoint, which {path} is not")
+    own = module.state_dict()
+    fitting = {k: v for k, v in checkpoint["state_dict"].items() if k in own and own[k].shape == v.shape}
+    if not fitting:
+        raise ValueError(f"`init_from`: no weight in {path} has the name and shape of one of this model's")
+    module.load_state_dict(fitting, strict=False)
+    return sorted(set(own) - set(fitting))
+
+
+def let_learn(model: nn.Module, which: Learners) -> None:
+    """Freeze all parameters of a backbone with exits but those that are to learn.
+
+    Args:
+        model: a backbone with exits attached.
+        which: ``all``; ``exits``, so that full-depth outputs stay as they are; or ``gates`` alone.
+
+    Raises:
+        ValueError: an unknown choice, or gates are to learn and there are none.
+    """
+    if which not in ("all", "exits", "gates"):
+        raise ValueError(f"`learns` must be all, exits or gates, got {which!r}")
+    exits = attached(model)
+    assert exits is not None
+    if which == "gates" and not len(exits.gates):
+        raise ValueError("`learns` is 'gates' and the exits have none; set `gate: true`")
+    if which == "all":
+        return
+    model.requires_grad_(False)
+    (exits if which == "exits" else exits.gates).requires_grad_(True)

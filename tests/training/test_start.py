@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from lightning_mue.exits import attached
+from lightning_mue.training import MultiExitModule
+from lightning_mue.training.start import let_learn
+from tests import zoo
+
+
+def module(**settings):
+    torch.manual_seed(1)
+    exits = {"vision": [1], "decoder": [1, 2]} | settings.pop("exits", {})
+    return MultiExitModule(zoo.tiny_florence2(), exits, **settings)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    trained = MultiExitModule(zoo.tiny_florence2(), {"vision": [1], "decoder": [1, 2], "adapter_width": 8})
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "a.ckpt")
+    return trained, str(tmp_path / "a.ckpt")
+
+
+def test_weights_that_fit_are_taken_and_the_others_begin_anew(checkpoint):
+    trained, path = checkpoint
+    fresh, begun = module(), module(init_from=path)  # other adapters: they are wider
+    for name, weight in begun.state_dict().items():
+        other = trained.state_dict().get(name)
+        source = other if other is not None and other.shape == weight.shape else fresh.state_dict()[name]
+        assert torch.equal(weight, source), name
+    assert "init_from" not in begun.hparams
+
+
+def test_what_is_no_checkpoint_or_fits_nowhere_is_refused(tmp_path):
+    torch.save({"x": 1}, tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match="must be a Lightning checkpoint"):
+        module(init_from=str(tmp_path / "b.ckpt"))
+    torch.save({"state_dict": {"other": torch.zeros(2)}}, tmp_path / "c.ckpt")
+    with pytest.raises(ValueError, match="no weight in"):
+        module(init_from=str(tmp_path / "c.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("learns", "prefix"), [("all", "model."), ("exits", "model.mue_exits."), ("gates", "model.mue_exits.gates.")]
+)
+def test_only_what_learns_gets_gradients(learns, prefix):
+    found = module(learns=learns)
+    learning = {name for name, p in found.named_parameters() if p.requires_grad}
+    assert learning == {name for name, _ in found.named_parameters() if name.startswith(prefix)}
+    assert learning
+
+
+def test_gates_that_are_not_there_cannot_learn():
+    with pytest.raises(ValueError, match="the exits have none"):
+        module(learns="gates", exits={"gate": False})
+    with pytest.raises(ValueError, match="all, exits or gates, got 'adapters'"):
+        let_learn(attached_model(), "adapters")
+
+
+def attached_model():
+    model = zoo.make("florence2")
+    assert attached(model) is not None
+    return model
