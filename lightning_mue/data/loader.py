@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_mue.data.augment import Augmentation, augment
 from lightning_mue.data.store import SampleStore
+from lightning_mue.data.tasks import Sample
 
 Batch = dict[str, Any]
 Plan = Callable[[int], list[list[int]]]
@@ -30,7 +33,19 @@ class Processor(Protocol):
         """Return the texts of token ids ``[B, T]``."""
 
 
-def train_batches(count: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+POOL = 20
+"""Batches among which samples of like length are brought together."""
+
+
+def train_batches(
+    count: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    lengths: Sequence[int] | None = None,
+) -> list[list[int]]:
     """Shuffles one epoch: every sample at least once over all ranks.
 
     Ranks share samples, not shards: each has the same number of batches of the same sizes, for which at most
@@ -43,13 +58,19 @@ def train_batches(count: int, batch_size: int, seed: int, epoch: int, rank: int 
         epoch: counted from 0.
         rank: whose batches.
         world: number of ranks.
+        lengths: of the samples' answers; then batches hold answers of like length, so that little of them is padding.
 
     Returns:
         Indices of the samples, batch by batch.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(count)
+    random_order = np.random.default_rng([seed, epoch])
+    order = random_order.permutation(count)
     mine = np.resize(order, -(-count // world) * world)[rank::world].tolist()
-    return [mine[k : k + batch_size] for k in range(0, len(mine), batch_size)]
+    if lengths is None:
+        return _cut(mine, batch_size)
+    pools = [sorted(pool, key=lengths.__getitem__) for pool in _cut(mine, POOL * batch_size)]
+    batches = [batch for pool in pools for batch in _cut(pool, batch_size)]
+    return [batches[k] for k in random_order.permutation(len(batches))]
 
 
 def eval_batches(sample_ids: Sequence[str], batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
@@ -71,6 +92,10 @@ def eval_batches(sample_ids: Sequence[str], batch_size: int, rank: int = 0, worl
     return [batches[k % len(batches)] for k in range(rank, -(-len(batches) // world) * world, world)]
 
 
+def _cut(items: list[int], size: int) -> list[list[int]]:
+    return [items[k : k + size] for k in range(0, len(items), size)]
+
+
 class EncodedBatches(Dataset[Batch]):
     """Makes the batch that a list of indices names.
 
@@ -78,10 +103,17 @@ class EncodedBatches(Dataset[Batch]):
         store: the samples.
         processor: the encoder of pictures and texts.
         seed: draws the reference that is the label, with epoch and index; None takes the first reference.
+        augmentations: of the pictures, drawn likewise.
     """
 
-    def __init__(self, store: SampleStore, processor: Processor, seed: int | None = None) -> None:
-        self.store, self.processor, self.seed = store, processor, seed
+    def __init__(
+        self,
+        store: SampleStore,
+        processor: Processor,
+        seed: int | None = None,
+        augmentations: Sequence[Augmentation] = (),
+    ) -> None:
+        self.store, self.processor, self.seed, self.augmentations = store, processor, seed, augmentations
 
     def __getitem__(self, item: tuple[int, list[int]]) -> Batch:
         """Return the batch of ``(epoch, indices)``; samples with a broken picture are left out where that is asked.
@@ -94,8 +126,8 @@ class EncodedBatches(Dataset[Batch]):
         for index in indices:
             sample = self.store.load(index)
             if sample is not None:
-                samples.append(sample)
-                labels.append(self._label(sample.references, epoch, index))
+                samples.append(self._augmented(sample, epoch, index))
+                labels.append(self.label(epoch, index))
         if not samples:
             last = "; ".join(self.store.bad.messages[-len(indices) :])
             raise ValueError(f"every picture of a batch is broken, restore the shards: {last}")
@@ -106,10 +138,18 @@ class EncodedBatches(Dataset[Batch]):
             batch[name] = [getattr(sample, name) for sample in samples]
         return batch
 
-    def _label(self, references: list[str], epoch: int, index: int) -> str:
+    def label(self, epoch: int, index: int) -> str:
+        """Return the reference that is a sample's label in an epoch."""
+        references = self.store.samples[index].references
         if self.seed is None or len(references) == 1:
             return references[0]
         return random.Random(f"{self.seed}/{epoch}/{index}").choice(references)
+
+    def _augmented(self, sample: Sample, epoch: int, index: int) -> Sample:
+        if not self.augmentations or sample.image is None:
+            return sample
+        rng = random.Random(f"{self.seed}/{epoch}/{index}/picture")
+        return replace(sample, image=augment(sample.image, self.augmentations, rng))
 
 
 class BatchLoader:

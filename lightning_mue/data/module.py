@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_mue.data.augment import AUGMENTATIONS, Augmentation
 from lightning_mue.data.loader import BatchLoader, EncodedBatches, Processor, eval_batches, train_batches
 from lightning_mue.data.shards import BadSamples, OnBad, find_shards
-from lightning_mue.data.store import SampleStore, read_samples
-from lightning_mue.data.tasks import STATEMENT_WORDS, Sample, cluster_point, split_of
+from lightning_mue.data.store import SampleStore, limited, read_samples
+from lightning_mue.data.tasks import STATEMENT_WORDS, cluster_point, split_of
 from lightning_mue.data.tokenizer import train_tokenizer
 from lightning_mue.inference.answers import only_answers
 
@@ -38,10 +39,15 @@ class ShardsDataModule(LightningDataModule):
         task: "vqa", "statement", "caption" or "reading".
         test: likewise (``test-*.tar``); when not given, those in the folder of ``train``, else the validation data.
         batch_size: training samples a batch and device.
+        group_by_length: train on batches of answers of like length, so that little of them is padding.
+        augment: random changes of training pictures: ``affine``, ``flip``, ``contrast``.
         eval_batch_size: samples a batch otherwise; the composition of these batches knows no number of devices.
-        image_size: pictures are resized to this many pixels a side.
+        image_size: pictures are resized to this many pixels a side, or to ``[height, width]``.
         image_tokens: tokens that the backbone makes of a picture.
+        keep_aspect: resize pictures to fit inside ``image_size`` and pad them, instead of stretching.
         vocab_size: most tokens of the tokenizer, which is trained on the training texts.
+        processor: of a pretrained backbone: its folder or hub name. It is used as it is: no tokenizer is trained, and
+            ``image_size``, ``image_tokens``, ``keep_aspect`` and ``vocab_size`` are not read.
         holdout: share of the training pictures kept out of training, for calibration.
         select: share of the validation pictures that ``fit`` validates on when ``holdout`` is 0.
         calibration_limit: most calibration samples (whole clusters, chosen by hash); None takes all.
@@ -59,10 +65,14 @@ class ShardsDataModule(LightningDataModule):
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         batch_size: int = 32,
+        group_by_length: bool = False,
+        augment: list[Augmentation] | None = None,
         eval_batch_size: int = 32,
-        image_size: int = 64,
+        image_size: int | list[int] = 64,
         image_tokens: int = 4,
+        keep_aspect: bool = False,
         vocab_size: int = 1000,
+        processor: str | None = None,
         holdout: float = 0.0,
         select: float = 0.3,
         calibration_limit: int | None = None,
@@ -76,11 +86,16 @@ class ShardsDataModule(LightningDataModule):
         for name, share in (("holdout", holdout), ("select", select)):
             if not 0 <= share < 1:
                 raise ValueError(f"`{name}` must be a share in [0, 1), got {share}")
-        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "image_size": image_size}
+        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        sides = [image_size] * 2 if isinstance(image_size, int) else image_size
+        if len(sides) != 2 or min(sides) < 1:
+            raise ValueError(f"`image_size` must be one or two numbers of at least 1, got {image_size}")
         limits = {"calibration_limit": calibration_limit, "questions_per_picture": questions_per_picture}
         for name, number in (counts | limits).items():
             if number is not None and number < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {number}")
+        if unknown := sorted(set(augment or ()) - set(AUGMENTATIONS)):
+            raise ValueError(f"`augment` may name {list(AUGMENTATIONS)}, got {unknown}")
         # Not for the logger: there it would clash with a module that has a `seed` of its own.
         self.save_hyperparameters(logger=False)
         self.bad = BadSamples(on_bad)
@@ -89,7 +104,7 @@ class ShardsDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Reads what the stage needs, so that missing or broken data shows here."""
         if stage in (None, "fit"):
-            _ = self.tokenizer_json, self.train_samples, self.selection_samples
+            _ = self.processor, self.train_samples, self.selection_samples
         if stage in (None, "validate"):
             _ = self.calibration_samples
         if stage in ("test", "predict"):
@@ -113,7 +128,7 @@ class ShardsDataModule(LightningDataModule):
         else:
             samples = self._part(self._val, "select", False, "calibration")
         limit = self.hparams["calibration_limit"]
-        return samples if limit is None else _limited(samples, limit, f"{self.hparams['seed']}/limit")
+        return samples if limit is None else limited(samples, limit, f"{self.hparams['seed']}/limit")
 
     @cached_property
     def test_samples(self) -> SampleStore:
@@ -166,19 +181,25 @@ class ShardsDataModule(LightningDataModule):
     @cached_property
     def processor(self) -> Processor:
         """Turns pictures and texts into tensors and back."""
-        return _build_processor(self.tokenizer_json, self.hparams["image_size"], self.hparams["image_tokens"])
+        if (name := self.hparams["processor"]) is not None:
+            return _load_processor(name)
+        shape = {name: self.hparams[name] for name in ("image_size", "image_tokens", "keep_aspect")}
+        return _build_processor(self.tokenizer_json, **shape)
 
     def train_dataloader(self) -> BatchLoader:
         """Return this rank's share of shuffled samples; the order is a function of (seed, epoch)."""
         hparams, store = self.hparams, self.train_samples
         rank, world = self._rank_and_world()
         shape = {"count": len(store), "batch_size": hparams["batch_size"], "seed": hparams["seed"]}
-        dataset = EncodedBatches(store, self.processor, seed=hparams["seed"])
+        by_length = hparams["group_by_length"]
+        dataset = EncodedBatches(store, self.processor, hparams["seed"], hparams["augment"] or ())
 
         def plan(epoch: int) -> list[list[int]]:
-            return train_batches(**shape, epoch=epoch, rank=rank, world=world)
+            lengths = [len(dataset.label(epoch, k)) for k in range(len(store))] if by_length else None
+            return train_batches(**shape, epoch=epoch, rank=rank, world=world, lengths=lengths)
 
-        return BatchLoader(dataset, plan, hparams["num_workers"], name=str(shape | {"world": world}))
+        name = str(shape | {"world": world} | ({"group_by_length": True} if by_length else {}))
+        return BatchLoader(dataset, plan, hparams["num_workers"], name=name)
 
     def val_dataloader(self) -> BatchLoader:
         """Return the selection data inside ``fit``, else the calibration data."""
@@ -194,11 +215,19 @@ class ShardsDataModule(LightningDataModule):
         return self._eval_loader(self.test_samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tokenizer's JSON."""
-        return {"tokenizer": self.tokenizer_json}
+        """Return the tokenizer's JSON, or the name of the processor."""
+        name = self.hparams["processor"]
+        return {"tokenizer": self.tokenizer_json} if name is None else {"processor": name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the tokenizer the checkpoint was trained with."""
+        """Takes the tokenizer the checkpoint was trained with; a processor is the run's own, for folders move."""
+        kept, asked = state_dict.get("processor"), self.hparams["processor"]
+        if (kept is None) != (asked is None):
+            raise ValueError(
+                f"the checkpoint was trained with `processor` {kept!r}, this run has {asked!r}: give one too, or none"
+            )
+        if asked is not None:
+            return
         self._tokenizer_json = state_dict["tokenizer"]
         self.__dict__.pop("processor", None)  # it may have been built around another tokenizer
 
@@ -250,28 +279,14 @@ class ShardsDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
-def _limited(store: SampleStore, limit: int, salt: str) -> SampleStore:
-    """Whole clusters in order of hash while they fit, so that more room only ever adds to them."""
-    sizes: dict[str, int] = {}
-    for sample in store.samples:
-        sizes[sample.cluster] = sizes.get(sample.cluster, 0) + 1
-    kept, total = set[str](), 0
-    for cluster in sorted(sizes, key=partial(cluster_point, salt=salt)):
-        if total + sizes[cluster] > limit:
-            break
-        kept.add(cluster)
-        total += sizes[cluster]
-    if not kept:
-        raise ValueError(f"`calibration_limit` = {limit} is less than the samples of one picture: raise it")
-
-    def inside(sample: Sample) -> bool:
-        return sample.cluster in kept
-
-    return store.where(inside)
-
-
-def _build_processor(tokenizer_json: str, image_size: int, image_tokens: int) -> Processor:
+def _build_processor(tokenizer_json: str, **shape: Any) -> Processor:
     # Here and not above: reading data needs no transformers.
     from lightning_mue.backbones.processor import build_processor
 
-    return build_processor(tokenizer_json, image_size, image_tokens)
+    return build_processor(tokenizer_json, **shape)
+
+
+def _load_processor(name: str) -> Processor:
+    from lightning_mue.backbones.processor import Processor
+
+    return Processor.load(name)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
-import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw
 from rich.progress import track
 
 from lightning_mue.data.questions import COLOURS, CURTAIN, SHAPES, Grid, captions, questions, statements
+from lightning_mue.data.writer import write_shard
 from lightning_mue.files import write_bytes
 
 SAMPLES_PER_SHARD = 1000
@@ -198,13 +198,10 @@ def write_scenes(
     write_bytes(folder / "index.json", json.dumps(index, indent=1).encode())
     for stale in folder.glob(f"{split}-*.tar"):
         stale.unlink()
-    asked = 0
+    asked, indices = 0, range(_FIRST_INDEX[split], _FIRST_INDEX[split] + samples)
     for k, shard in enumerate(track(shards, f"scenes {split}", disable=not progress)):
         first = k * SAMPLES_PER_SHARD
-        count = min(SAMPLES_PER_SHARD, samples - first)
-        data, questions_here = _shard(seed, _FIRST_INDEX[split] + first, count, size, mix)
-        write_bytes(shard, data)
-        asked += questions_here
+        asked += _write(shard, seed, indices[first : first + SAMPLES_PER_SHARD], size, mix)
     names = [shard.name for shard in shards]
     index["splits"][split] = {
         "images": samples,
@@ -229,17 +226,18 @@ def _read_index(folder: Path, split: str) -> dict[str, Any]:
     return {"name": "scenes", "generator": GENERATOR, "splits": {}}
 
 
-def _shard(seed: int, first: int, count: int, size: int, mix: SceneMix) -> tuple[bytes, int]:
-    """A tar of ``count`` scenes as bytes (with no times and no owners, so equal calls give equal bytes)."""
-    buffer, asked = io.BytesIO(), 0
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for index in range(first, first + count):
+def _write(shard: Path, seed: int, indices: range, size: int, mix: SceneMix) -> int:
+    """Writes one shard of scenes; returns the number of their questions."""
+    asked = 0
+
+    def samples() -> Iterator[tuple[str, str, bytes, dict[str, Any]]]:
+        nonlocal asked
+        for index in indices:
             picture, record = scene_sample(seed, index, size, mix)
             asked += len(record["qa"])
             png = io.BytesIO()
             picture.save(png, "PNG", compress_level=1)
-            for ending, data in (("png", png.getvalue()), ("json", json.dumps(record).encode())):
-                member = tarfile.TarInfo(f"{record['id']}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue(), asked
+            yield record["id"], "png", png.getvalue(), record
+
+    write_shard(shard, samples())
+    return asked

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import glob
-import io
 import json
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from webdataset.tariterators import group_by_keys
 
+from lightning_mue.data.images import decode
+
 PICTURE_ENDINGS = ("png", "jpg", "jpeg", "webp")
-_FORMATS = ("PNG", "JPEG", "WEBP")  # nothing else of what Pillow opens: some of it starts other programs
-T = TypeVar("T")
 OnBad = Literal["raise", "skip"]
 
 
@@ -128,31 +127,6 @@ def read_shards(shards: Sequence[Path], bad: BadSamples) -> Iterator[tuple[Pictu
                 yield _picture_and_record(shard, sample)
             except ValueError as error:
                 bad.meet(error)
-
-
-def decode(data: bytes, shard: Path, key: str) -> Image.Image:
-    """Decodes a picture to RGB.
-
-    Raises:
-        ValueError: the bytes are no picture, or only part of one; the message names shard and sample.
-    """
-    return _with_pillow(lambda file: Image.open(file, formats=_FORMATS).convert("RGB"), data, shard, key)
-
-
-def verify(data: bytes, shard: Path, key: str) -> None:
-    """Looks a picture over without decoding it: cheap, and finds most damage.
-
-    Raises:
-        ValueError: as ``decode``.
-    """
-    _with_pillow(lambda file: Image.open(file, formats=_FORMATS).verify(), data, shard, key)
-
-
-def _with_pillow(use: Callable[[io.BytesIO], T], data: bytes, shard: Path, key: str) -> T:
-    try:
-        return use(io.BytesIO(data))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"sample {key!r} of {shard} has a corrupt picture: {error}") from error
 
 
 def _members(shard: Path, bad: BadSamples) -> Iterator[dict[str, Any]]:

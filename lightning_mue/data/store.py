@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from lightning_mue.data.shards import BadSamples, Picture, decode, read_shards, verify
+from lightning_mue.data.images import decode, verify
+from lightning_mue.data.shards import BadSamples, Picture, read_shards
 from lightning_mue.data.tasks import Sample, cluster_point, make_samples
 
 
@@ -49,6 +51,35 @@ class SampleStore:
         """Return the samples that ``keep`` says yes to, in the same order."""
         kept = [k for k, sample in enumerate(self.samples) if keep(sample)]
         return SampleStore([self.samples[k] for k in kept], [self.pictures[k] for k in kept], self.bad)
+
+
+def limited(store: SampleStore, limit: int, salt: str) -> SampleStore:
+    """Return whole clusters in order of hash while they fit, so that more room only ever adds to them.
+
+    Args:
+        store: the samples.
+        limit: most samples.
+        salt: makes that order another one.
+
+    Raises:
+        ValueError: not one cluster fits.
+    """
+    sizes: dict[str, int] = {}
+    for sample in store.samples:
+        sizes[sample.cluster] = sizes.get(sample.cluster, 0) + 1
+    kept, total = set[str](), 0
+    for cluster in sorted(sizes, key=partial(cluster_point, salt=salt)):
+        if total + sizes[cluster] > limit:
+            break
+        kept.add(cluster)
+        total += sizes[cluster]
+    if not kept:
+        raise ValueError(f"`calibration_limit` = {limit} is less than the samples of one picture: raise it")
+
+    def inside(sample: Sample) -> bool:
+        return sample.cluster in kept
+
+    return store.where(inside)
 
 
 def read_samples(

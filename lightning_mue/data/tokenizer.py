@@ -14,7 +14,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     """Trains a byte-level BPE.
 
     Any text can be encoded, seen or not, and decodes to itself but for outer white space. A word is the same token
-    at the start of a text and inside it. The same texts give the same tokenizer.
+    at the start of a text and inside it (with room for the bytes alone there are no words, and every byte is a token).
+    The same texts give the same tokenizer.
 
     Args:
         texts: what to learn from.
@@ -37,7 +38,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Strip()
     # The prefix space makes the first word of a text look like every other word.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=vocab_size > least)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -10,10 +10,12 @@ from lightning_mue.data.tokenizer import train_tokenizer
 from .conftest import TinyProcessor, vqa_members, write_tar
 
 
+@pytest.mark.parametrize("by_length", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [1, 4, 23, 60])
-def test_ranks_have_equal_batches_and_together_see_everything(count, world):
-    ranks = [train_batches(count, 4, seed=1, epoch=2, rank=r, world=world) for r in range(world)]
+def test_ranks_have_equal_batches_and_together_see_everything(count, world, by_length):
+    lengths = [k % 7 for k in range(count)] if by_length else None
+    ranks = [train_batches(count, 4, seed=1, epoch=2, rank=r, world=world, lengths=lengths) for r in range(world)]
     assert len({tuple(map(len, batches)) for batches in ranks}) == 1
     seen = [k for batches in ranks for batch in batches for k in batch]
     assert set(seen) == set(range(count))
@@ -26,6 +28,16 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
     assert order(0, 0) == order(0, 0)
     assert len({str(order(s, e)) for s in range(3) for e in range(3)}) == 9
+
+
+def test_batches_of_like_length_hold_little_padding_and_come_in_random_order():
+    lengths = [k * 37 % 101 for k in range(400)]
+    batches = train_batches(400, 10, seed=0, epoch=0, lengths=lengths)
+    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+    assert max(spread) < 15
+    means = [sum(lengths[i] for i in batch) for batch in batches]
+    assert means != sorted(means)
+    assert batches != train_batches(400, 10, seed=0, epoch=1, lengths=lengths)
 
 
 def test_the_global_batch_knows_no_world_size():
