@@ -35,5 +35,6 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[MultiExitModule, Proc
     if "processor" in data:
         return module, Processor.load(data["processor"])
     settings = checkpoint["datamodule_hyper_parameters"]
-    shape = {name: settings[name] for name in ("image_size", "image_tokens", "keep_aspect")}
+    shape = {name: settings[name] for name in ("image_size", "image_tokens")}
+    shape["keep_aspect"] = settings.get("keep_aspect", False)  # not known to older checkpoints
     return module, build_processor(data["tokenizer"], **shape)

@@ -19,7 +19,7 @@ OWN = {
     "freeze": "make a bundle of a checkpoint and a policy",
     "generate": "answer for a picture with a bundle",
     "policy": "show a policy's promise in plain words",
-    "data": "write built-in data as shards",
+    "data": "write built-in data, or your copy of a public data set, as shards",
 }
 
 
@@ -57,10 +57,15 @@ def _quickstart(args: Sequence[str]) -> None:
     parser.add_argument("--keep", type=float, default=0.98, help="fraction of full-depth quality to keep")
     parser.add_argument("--steps", type=int, default=None, help="of training; the recipe's if not given")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--methods",
+        action="store_true",
+        help="measure the exit methods of the literature beside the calibrated exits; a minute or two more",
+    )
     found = parser.parse_args(args)
     from lightning_mue.quickstart import quickstart
 
-    quickstart(Path(found.out), found.keep, found.seed, found.steps)
+    quickstart(Path(found.out), found.keep, found.seed, found.steps, found.methods)
 
 
 def _freeze(args: Sequence[str]) -> None:
@@ -119,15 +124,22 @@ def _policy(args: Sequence[str]) -> None:
 
 
 def _data(args: Sequence[str]) -> None:
+    from lightning_mue.data.importers.command import add_commands, run
+
     parser = _parser("data")
-    parser.add_argument("name", choices=["scenes"])
-    parser.add_argument("--out", required=True, help="folder for the shards")
-    parser.add_argument("--train", type=int, default=10_000, help="training pictures")
-    parser.add_argument("--val", type=int, default=2_000, help="validation pictures")
-    parser.add_argument("--test", type=int, default=0, help="test pictures")
-    parser.add_argument("--size", type=int, default=48, help="pixels a side")
-    parser.add_argument("--seed", type=int, default=0)
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME", title="which data")
+    scenes = names.add_parser("scenes", help="the built-in data", description="Draws scenes and writes them as shards.")
+    scenes.add_argument("--out", required=True, help="folder for the shards")
+    scenes.add_argument("--train", type=int, default=10_000, help="training pictures")
+    scenes.add_argument("--val", type=int, default=2_000, help="validation pictures")
+    scenes.add_argument("--test", type=int, default=0, help="test pictures")
+    scenes.add_argument("--size", type=int, default=48, help="pixels a side")
+    scenes.add_argument("--seed", type=int, default=0)
+    add_commands(names)
     found = parser.parse_args(args)
+    if found.name != "scenes":
+        run(found)
+        return
     from lightning_mue.data.scenes import write_scenes
 
     for split in ("train", "val", "test"):

@@ -13,8 +13,8 @@ from lightning_mue.policy import ExitPolicy, ExitRule
 Layers = Mapping[str, Sequence[int]]
 """Stream name -> exit layers."""
 
-PROBABILITY = (0.999, 0.99, 0.97, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
-COSINE = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.85, 0.8, 0.7, 0.5, 0.0, -1.0)
+PROBABILITY = (0.999, 0.995, 0.99, 0.97, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+COSINE = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.85, 0.8, 0.7, 0.5, 0.3, 0.0, -1.0)
 """The one dial of each method, from hardly ever to always; where it has several thresholds, they move together."""
 MUE_DECAY = (0.95, 1.0)
 """MuE, appendix A: beta and tau of the caption model."""

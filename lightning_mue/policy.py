@@ -33,7 +33,8 @@ SIGNAL_RANGES: dict[str, tuple[float, float]] = {
 
 KV_FILLS = ("just-in-time", "propagate", "copy")
 """How positions get K/V in layers they had left before: computed (DEED, exact); their last state is passed up and
-projected by each layer's own weights (CALM); or the projected K/V are copied up (MuE's code)."""
+projected by each layer's own weights (CALM); or the projected K/V are copied up (what MuE's code
+means to do; as released it leaves holes)."""
 
 
 @dataclass(frozen=True)

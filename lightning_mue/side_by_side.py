@@ -1,12 +1,12 @@
-"""Side by side: the same samples answered by the plain model, every static decoder depth and the calibrated policy.
+"""Side by side: the same samples answered by the plain model, static depths, calibrated exits, other methods.
 
 Quality comes from the whole test data, in batches; time from some of it, one sample at a time, all variants in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,12 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lightning_mue.callbacks.batches import single
+from lightning_mue.backbones import num_layers, view
+from lightning_mue.callbacks.batches import Batch, on_device, rows_of, single
 from lightning_mue.exits import attached
 from lightning_mue.inference import ExitEngine
-from lightning_mue.inference.compare import Timing, compare, engine_variant, transformers_variant
+from lightning_mue.inference.compare import Timing, Variant, compare, engine_variant, transformers_variant
+from lightning_mue.methods import STATIC, boldest, families
 from lightning_mue.metrics.answers import score
 from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.report import Row
@@ -28,6 +30,16 @@ PLAIN, FULL, FIRST, CALIBRATED = (
     "all at first exit",
     "calibrated exits",
 )
+TUNING_SAMPLES = 600
+"""So many samples of the recipe's *propose* part tune the methods of the literature."""
+
+_LABELS = {
+    PLAIN: "transformers",
+    FULL: "full depth",
+    "mue-as-published": "MuE as published",
+    "MuE encoder + DEED decoder": "MuE + DEED",
+}
+"""Short names, for the plot."""
 
 
 @dataclass
@@ -39,12 +51,16 @@ class SideBySide:
         depths: stream -> exit depths of the calibrated policy over the test data.
         levels: difficulty of each test sample.
         ceiling: the row of "everything at its first exit".
+        methods: method of the literature -> the policy that was measured.
+        note: how they were tuned.
     """
 
     rows: list[Row]
     depths: dict[str, np.ndarray]
     levels: np.ndarray
     ceiling: Row
+    methods: dict[str, ExitPolicy] = field(default_factory=dict)
+    note: str = ""
 
 
 def side_by_side(
@@ -55,6 +71,8 @@ def side_by_side(
     timed_samples: int = 60,
     repeats: int = 3,
     progress: bool = True,
+    methods: bool = False,
+    tuning: Iterable[Batch] | None = None,
 ) -> SideBySide:
     """Measure all variants on ``datamodule.test_dataloader()``.
 
@@ -66,23 +84,33 @@ def side_by_side(
         timed_samples: answered one at a time by every variant in turn.
         repeats: of the timing.
         progress: draw progress bars.
+        methods: measure the methods of the literature too, each at its boldest setting that keeps, on ``tuning``, the
+            share of full-depth quality that ``policy`` promises.
+        tuning: batches of other data than the test data; some of the recipe's *propose* part if not given.
+
+    Raises:
+        ValueError: methods are asked for, and there are no exits, there is no data to tune them, or ``policy`` has no
+            certificate that says what to keep.
     """
-    engines = {name: ExitEngine(model, p, check_fingerprint=False) for name, p in _policies(model, policy).items()}
-    end_id = engines[FULL].backbone.decode_settings(None).end_ids[0]
-    prefix_fn = datamodule.answer_constraint(end_id)
-    variants: dict[str, Callable[[dict[str, Any]], Tensor]] = {PLAIN: transformers_variant(model, None, prefix_fn)}
-    variants |= {name: engine_variant(engine, None, prefix_fn) for name, engine in engines.items()}
+    judge = _Judge(model, datamodule, metric)
     with Progress(disable=not progress) as bars:
-        batches = list(datamodule.test_dataloader())
-        bar = bars.add_task("quality", total=len(batches) * len(variants))
-        quality, depths = _quality(variants, engines, batches, datamodule, metric, lambda: bars.advance(bar))
+        tuned = _tune(judge, policy, _tuning(datamodule) if tuning is None else tuning, bars) if methods else _Tuned()
+        batches = [on_device(batch, model) for batch in datamodule.test_dataloader()]
+        policies = _policies(model, policy, tuned.policies)
+        bar = bars.add_task("quality", total=_count(batches) * (1 + len(policies)))
+        plain = transformers_variant(model, None, judge.prefix_fn)
+        found = {PLAIN: _Judged(judge.quality(plain, batches, lambda n: bars.advance(bar, n)), {})}
+        for name, of_variant in policies.items():
+            found[name] = judge.decode(of_variant, batches, lambda n: bars.advance(bar, n))
         singles = _singles(batches, timed_samples)
         bar = bars.add_task("time, one sample after the other", total=len(singles) * repeats)
+        variants = {PLAIN: plain} | {name: judge.variant(p) for name, p in policies.items()}
         timings = compare(variants, singles, repeats, baseline=FULL, on_done=lambda *_: bars.advance(bar))
-    rows = [_row(name, quality[name], timings[name], depths.get(name, {})) for name in variants]
+    rows = [_row(name, found[name], timings[name], tuned.notes.get(name, "")) for name in variants]
     levels = np.array([level for batch in batches for level in batch["level"]])
     ceiling = next(row for row in rows if row.name == FIRST)
-    return SideBySide(rows, {s: _join(d) for s, d in depths[CALIBRATED].items()}, levels, ceiling)
+    depths = {stream: _join(parts) for stream, parts in found[CALIBRATED].depths.items()}
+    return SideBySide(rows, depths, levels, ceiling, tuned.policies, tuned.note)
 
 
 def first_exits(model: nn.Module) -> ExitPolicy:
@@ -92,40 +120,126 @@ def first_exits(model: nn.Module) -> ExitPolicy:
     return ExitPolicy({stream: ExitRule.static(ks[0]) for stream, ks in layers.items()})
 
 
-def _policies(model: nn.Module, policy: ExitPolicy) -> dict[str, ExitPolicy]:
+def _policies(model: nn.Module, policy: ExitPolicy, methods: Mapping[str, ExitPolicy]) -> dict[str, ExitPolicy]:
     exits = attached(model)
     decoder = exits.layers.get("decoder", ()) if exits is not None else ()
-    static = {f"static decoder depth {k}": ExitPolicy({"decoder": ExitRule.static(k)}) for k in decoder}
-    return {FULL: ExitPolicy.full_depth(), **static, FIRST: first_exits(model), CALIBRATED: policy}
+    static = {_static(k): ExitPolicy({"decoder": ExitRule.static(k)}) for k in decoder}
+    return {FULL: ExitPolicy.full_depth(), **static, FIRST: first_exits(model), **methods, CALIBRATED: policy}
 
 
-def _quality(
-    variants: Mapping[str, Callable[[dict[str, Any]], Tensor]],
-    engines: Mapping[str, ExitEngine],
-    batches: list[dict[str, Any]],
-    datamodule: Any,
-    metric: str,
-    done: Callable[[], object],
-) -> tuple[dict[str, float], dict[str, dict[str, list[Tensor]]]]:
-    """Return variant -> mean score, and variant -> stream -> depths of each batch."""
-    quality: dict[str, float] = {}
-    depths: dict[str, dict[str, list[Tensor]]] = {}
-    for name, answer in variants.items():
+def _static(depth: int) -> str:
+    return f"{STATIC} {depth}"
+
+
+@dataclass
+class _Judged:
+    """Mean score, and stream -> depths of each batch."""
+
+    quality: float
+    depths: dict[str, list[Tensor]]
+
+
+class _Judge:
+    """Decodes data and scores the answers.
+
+    Args:
+        model: the backbone.
+        datamodule: gives the processor and the constraint to closed answers.
+        metric: scores answers.
+    """
+
+    def __init__(self, model: nn.Module, datamodule: Any, metric: str) -> None:
+        self.model, self.metric, self._processor = model, metric, datamodule.processor
+        self.prefix_fn = datamodule.answer_constraint(view(model).decode_settings(None).end_ids[0])
+
+    def variant(self, policy: ExitPolicy) -> Variant:
+        """Return what answers under a policy."""
+        return engine_variant(ExitEngine(self.model, policy, check_fingerprint=False), None, self.prefix_fn)
+
+    def decode(self, policy: ExitPolicy, batches: Iterable[Batch], done: Callable[[int], object]) -> _Judged:
+        """Decode all batches under a policy; ``done`` is told of each batch's size."""
+        engine, depths = ExitEngine(self.model, policy, check_fingerprint=False), dict[str, list[Tensor]]()
+
+        def answer(batch: Batch) -> Tensor:
+            output = engine.generate(None, self.prefix_fn, **batch)
+            for stream, depth in output.exit_depths.items():
+                depths.setdefault(stream, []).append(depth.cpu())
+            return output.sequences
+
+        # MuE's published rule judges a batch as one; its own scripts decode one sample at a time.
+        alone = any(rule.signal == "flat_similarity" for rule in policy.rules.values())
+        return _Judged(self.quality(answer, _alone(batches) if alone else batches, done), depths)
+
+    def quality(self, answer: Variant, batches: Iterable[Batch], done: Callable[[int], object]) -> float:
+        """Return the mean score of the answers to all batches."""
         scores: list[float] = []
         for batch in batches:
-            if name in engines:
-                end_id = engines[name].backbone.decode_settings(None).end_ids[0]
-                output = engines[name].generate(None, datamodule.answer_constraint(end_id), **batch)
-                sequences = output.sequences
-                for stream, depth in output.exit_depths.items():
-                    depths.setdefault(name, {}).setdefault(stream, []).append(depth.cpu())
-            else:
-                sequences = answer(batch)
-            texts = datamodule.processor.decode(sequences[:, 1:])
-            scores += [score(metric, t, refs) for t, refs in zip(texts, batch["references"], strict=True)]
-            done()
-        quality[name] = float(np.mean(scores))
-    return quality, depths
+            texts = self._processor.decode(answer(batch)[:, 1:])
+            scores += [score(self.metric, t, refs) for t, refs in zip(texts, batch["references"], strict=True)]
+            done(len(texts))
+        return float(np.mean(scores))
+
+
+@dataclass
+class _Tuned:
+    """Methods of the literature: their policies, notes on rows of the table, and a note on all."""
+
+    policies: dict[str, ExitPolicy] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+def _tune(judge: _Judge, policy: ExitPolicy, tuning: Iterable[Batch], bars: Progress) -> _Tuned:
+    """Find each method's boldest setting that keeps what ``policy`` promises; of the static depths, only say which."""
+    exits, backbone = attached(judge.model), view(judge.model)
+    if policy.certificate is None:
+        raise ValueError("`methods` are tuned to the promise of the calibrated policy; this one has no certificate.")
+    if exits is None:
+        raise ValueError("The methods compared need exits; call `attach_exits(model, config)` and train them.")
+    keep, batches = policy.certificate.keep, [on_device(batch, judge.model) for batch in tuning]
+    if not batches:
+        raise ValueError("There is no data to tune the methods on; give `tuning`, or more calibration data.")
+    steps = backbone.decode_settings(None).max_new_tokens
+    methods = families(exits.layers, num_layers(backbone), steps, exits.config.gate)
+    bar = bars.add_task("tuning the methods", total=len(methods))
+
+    def quality(policy: ExitPolicy) -> float:
+        return judge.decode(policy, batches, lambda _: None).quality
+
+    tuned, least = _Tuned(), keep * quality(ExitPolicy.full_depth())
+    for method, family in methods.items():
+        found = boldest(family, quality, least)
+        if method == STATIC and found is not None:
+            tuned.notes[_static(found.rules["decoder"].layers[0])] = f"boldest that kept {keep:.1%}"
+        elif method != STATIC:
+            tuned.policies[method] = found or family[0]
+            tuned.notes[method] = "" if found else f"its safest, which kept less than {keep:.1%}"
+        bars.advance(bar)
+    tuned.note = (
+        f"Each method of the literature, and of the static depths the one marked, has the boldest setting that kept "
+        f"{keep:.1%} of full-depth quality on {_count(batches)} samples of the calibration data; none is certified."
+    )
+    return tuned
+
+
+def _tuning(datamodule: Any) -> list[Batch]:
+    """Return batches of about ``TUNING_SAMPLES`` samples of the *propose* part."""
+    batches: list[Batch] = []
+    for batch in datamodule.val_dataloader():
+        proposes = [datamodule.split_of(cluster) == "propose" for cluster in batch["cluster"]]
+        if any(proposes):
+            batches.append(rows_of(batch, proposes))
+        if _count(batches) >= TUNING_SAMPLES:
+            break
+    return batches
+
+
+def _count(batches: Iterable[Batch]) -> int:
+    return sum(len(batch["sample_id"]) for batch in batches)
+
+
+def _alone(batches: Iterable[Batch]) -> list[Batch]:
+    return [single(batch, row) for batch in batches for row in range(len(batch["sample_id"]))]
 
 
 def _singles(batches: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -140,20 +254,24 @@ def _singles(batches: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return singles
 
 
-def _row(name: str, quality: float, timing: Timing, depths: Mapping[str, list[Tensor]]) -> Row:
+def _row(name: str, found: _Judged, timing: Timing, note: str) -> Row:
     means = {}
-    for stream, parts in depths.items():
+    for stream, parts in found.depths.items():
         values = torch.cat([p.flatten() for p in parts])
         means[stream] = float(values[values > 0].float().mean())
+    is_static = name.startswith(STATIC)
     return Row(
         name,
-        quality,
+        found.quality,
         timing.p50_ms,
         timing.p95_ms,
         timing.ratio,
         timing.ratio_spread,
         means,
+        note,
         chosen=name == CALIBRATED,
+        kind="full depth" if name in (PLAIN, FULL) else "static" if is_static else "other",
+        label=name.replace(STATIC, "static") if is_static else _LABELS.get(name, ""),
     )
 
 

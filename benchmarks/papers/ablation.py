@@ -34,7 +34,7 @@ from lightning_mue.trace import Trace
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as the recipe": {},
-    "no supervision of early exits": {"exits.decoder": "[]"},
+    "plain: last exit only, full streams": {"exits.decoder": "[]", "early_probability": 0.0},
     "sum (MuE)": {"weighting": "sum"},
     "linear, depth-rising (CALM)": {"weighting": "linear"},
     "distilled, weight 0.5": {"distill": 0.5},

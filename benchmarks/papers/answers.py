@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from lightning_mue.backbones import num_layers
+from lightning_mue.callbacks.batches import single
 from lightning_mue.inference import ExitEngine
+from lightning_mue.inference.compare import Variant
 from lightning_mue.policy import ExitPolicy
 
 Batch = dict[str, Any]
@@ -65,7 +67,12 @@ def answer(
     score: Scorer,
     forced: list[list[list[int]]] | None = None,
 ) -> Answers:
-    """Decode all batches; ``forced`` replays the depths of another run, batch by batch."""
+    """Decode all batches; ``forced`` replays the depths of another run, batch by batch.
+
+    MuE's published rule judges a batch as one; its own scripts decode one sample at a time, and so does this then.
+    """
+    if any(rule.signal == "flat_similarity" for rule in policy.rules.values()):
+        batches = [single(batch, row) for batch in batches for row in range(len(batch["sample_id"]))]
     engine = ExitEngine(model, policy, check_fingerprint=False)
     end_id = engine.backbone.decode_settings(None).end_ids[0]
     scores, clusters, texts, by_row = [], [], [], []
@@ -94,6 +101,15 @@ def answer(
     joined = {stream: np.concatenate(parts) for stream, parts in depths.items()}
     saved = 1 - run / tokens / (layers[stack[0]] + layers["decoder"])
     return Answers(np.array(scores), clusters, texts, joined, by_row, pairs / tokens, filled / tokens, saved)
+
+
+def plain_answers(answer_one: Variant, batches: Iterable[Batch], data: Any, score: Scorer) -> list[float]:
+    """Return the scores of what another engine answers."""
+    scores = []
+    for batch in batches:
+        texts = data.processor.decode(answer_one(batch)[:, 1:])
+        scores += [score(text, refs) for text, refs in zip(texts, batch["references"], strict=True)]
+    return scores
 
 
 def oracle_depths(model: nn.Module, batches: Sequence[Batch], data: Any, layers: Sequence[int]) -> list:

@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from papers.answers import Answers, Batch, answer, interval, oracle_depths
+from papers.answers import Answers, Batch, answer, interval, oracle_depths, plain_answers
 from rich.progress import Progress
 from runs import load_run
 from targets import device, today
@@ -28,20 +28,21 @@ from targets import device, today
 from lightning_mue.backbones import num_layers, view
 from lightning_mue.calibration import propose
 from lightning_mue.callbacks.batches import single
+from lightning_mue.exits import attached
 from lightning_mue.files import write_text
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.compare import Timing, Variant, compare, engine_variant, transformers_variant
 from lightning_mue.inference.profile import measure_latency
 from lightning_mue.inference.record import record
-from lightning_mue.methods import boldest, families, kv_modes
+from lightning_mue.methods import STATIC, boldest, families, in_words, kv_modes
 from lightning_mue.metrics import DocumentFrequencies, scorer
 from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.side_by_side import FIRST, FULL, PLAIN, first_exits
 from lightning_mue.trace import Trace
 
 OURS = "calibrated exits"
-ORACLE = "oracle (first exit that agrees)"
-IDEAL = "ideal cost of the calibrated exits"
+ORACLE = "decoder oracle: first exit that agrees"
+IDEAL = "calibrated exits' decoder depths, K/V copied, no signal"
 
 
 @dataclass
@@ -51,24 +52,28 @@ class Entry:
     policy: ExitPolicy
     answers: Answers
     forced: list[Any] | None = None
+    note: str = ""
     timing: Timing | None = None
     parts: dict[str, float] | None = None
 
 
 def main() -> None:
     args = _arguments()
+    if Path(args.ckpt_path).name.startswith("best"):
+        raise SystemExit("Give last.ckpt: best.ckpt was chosen on data that may be the test data here.")
     torch.set_num_threads(args.threads)
-    changed = {} if args.data is None else {"train": args.data}
+    changed: dict[str, Any] = {} if args.data is None else {"train": args.data}
+    changed["calibration_limit"] = args.tuning_samples  # whole sources, chosen by hash
     module, data = load_run(args.ckpt_path, **changed)
     data.setup("test")
     model, layers = module.model, {k: list(v) for k, v in module.exits.layers.items()}
     test = list(data.test_dataloader())
-    tuning = list(data._eval_loader(data.calibration_samples))[: args.tuning_batches]
+    tuning = list(data.val_dataloader())
     score = _scorer(args.metric, test, tuning)
     with Progress() as bars:
         entries = _entries(model, layers, args, data, tuning, test, score, bars)
-        _time(model, entries, args, data, test, bars)
-    write(args, entries, test, layers, num_layers(view(model)))
+        _time(model, entries, args, data, test, score, bars)
+    write(args, entries, data, layers, num_layers(view(model)))
 
 
 def _arguments() -> argparse.Namespace:
@@ -78,11 +83,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="the shards, if they lie elsewhere than in training")
     parser.add_argument("--metric", default="exact_match")
     parser.add_argument("--keep", type=float, default=0.98)
-    parser.add_argument("--tuning-batches", type=int, default=12)
+    parser.add_argument("--tuning-samples", type=int, default=None, help="at most; all calibration data if not given")
     parser.add_argument("--timed-samples", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--kv-modes", action="store_true", help="compare K/V modes at equal time instead of methods")
+    parser.add_argument("--kv-modes", action="store_true", help="compare K/V modes instead of methods")
     return parser.parse_args()
 
 
@@ -96,22 +101,29 @@ def _entries(
 ) -> dict[str, Entry]:
     """Tune every method and decode the test data with it."""
     full_tuned = answer(model, ExitPolicy.full_depth(), tuning, data, score)
-    steps = view(model).decode_settings(None).max_new_tokens
-    methods = families(layers, num_layers(view(model)), steps)
-    methods[OURS] = _proposed(model, args, data, tuning, score)
+    decode = partial(answer, model, batches=test, data=data, score=score)
     if args.kv_modes:
         methods = kv_modes(layers["decoder"], "margin")
-    entries = {FULL: Entry(ExitPolicy.full_depth(), answer(model, ExitPolicy.full_depth(), test, data, score))}
+    else:
+        steps, gates = view(model).decode_settings(None).max_new_tokens, attached(model).config.gate
+        methods = families(layers, num_layers(view(model)), steps, gates)
+        methods[OURS] = _proposed(model, args, data, tuning, score)
+    entries = {FULL: Entry(ExitPolicy.full_depth(), decode(ExitPolicy.full_depth()))}
     bar = bars.add_task("methods", total=len(methods) + len(layers["decoder"]))
     for k in layers["decoder"]:
         policy = ExitPolicy({"decoder": ExitRule.static(k)})
-        entries[f"static decoder depth {k}"] = Entry(policy, answer(model, policy, test, data, score))
+        entries[f"{STATIC} {k}"] = Entry(policy, decode(policy))
         bars.advance(bar)
-    entries[FIRST] = Entry(first_exits(model), answer(model, first_exits(model), test, data, score))
+    entries[FIRST] = Entry(first_exits(model), decode(first_exits(model)))
     for name, family in methods.items():
         found = boldest(family, lambda p: answer(model, p, tuning, data, score).quality, args.keep * full_tuned.quality)
-        if found is not None:
-            entries[name] = Entry(found, answer(model, found, test, data, score))
+        if name == STATIC:
+            best = f"{STATIC} {found.rules['decoder'].layers[0]}" if found else FULL
+            entries[best].note = f"the static depth that kept {args.keep:.0%} on the tuning data"
+        elif family:
+            note = "" if found else f"its safest setting, which kept less than {args.keep:.0%} on the tuning data"
+            policy = found or family[0]
+            entries[name] = Entry(policy, decode(policy), note=note)
         bars.advance(bar)
     if not args.kv_modes:
         entries |= _lower_bounds(model, layers, entries, test, data, score)
@@ -145,7 +157,10 @@ def _proposed(model: Any, args: argparse.Namespace, data: Any, tuning: list, sco
 
 
 def _lower_bounds(model: Any, layers: dict, entries: dict, test: list, data: Any, score: Any) -> dict[str, Entry]:
-    """Replay the oracle's depths, and the calibrated exits' without signal and without catching up."""
+    """Replay the oracle's depths, and the calibrated exits' without asking a signal and without catching up.
+
+    The second shows what the same depths would cost if upkeep were a copy; with other K/V its tokens may differ.
+    """
     oracle = oracle_depths(model, test, data, layers["decoder"])
     full = ExitPolicy.full_depth()
     found = {ORACLE: Entry(full, answer(model, full, test, data, score, oracle), oracle)}
@@ -157,7 +172,7 @@ def _lower_bounds(model: Any, layers: dict, entries: dict, test: list, data: Any
     return found
 
 
-def _time(model: Any, entries: dict[str, Entry], args: Any, data: Any, test: list, bars: Progress) -> None:
+def _time(model: Any, entries: dict[str, Entry], args: Any, data: Any, test: list, score: Any, bars: Progress) -> None:
     """Time all entries in turn on the same single samples; then, apart, where each one's time goes."""
     places = [(b, r) for b, batch in enumerate(test) for r in range(len(batch["sample_id"]))]
     chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, args.timed_samples).astype(int))]
@@ -169,7 +184,8 @@ def _time(model: Any, entries: dict[str, Entry], args: Any, data: Any, test: lis
         variants[name] = _variant(engines[name], entry.forced, prefix)
     bar = bars.add_task("time", total=len(samples) * args.repeats)
     timings = compare(variants, samples, args.repeats, baseline=FULL, on_done=lambda *_: bars.advance(bar))
-    entries[PLAIN] = Entry(ExitPolicy.full_depth(), entries[FULL].answers)
+    plain = np.array(plain_answers(variants[PLAIN], test, data, score))
+    entries[PLAIN] = Entry(ExitPolicy.full_depth(), replace(entries[FULL].answers, scores=plain))
     for name, timing in timings.items():
         entries[name].timing = timing
     for name, engine in engines.items():
@@ -205,7 +221,7 @@ def _parts(engine: ExitEngine, forced: list[Any] | None, samples: list, prefix: 
     return total
 
 
-def write(args: Any, entries: dict[str, Entry], test: list, layers: dict, last: dict[str, int]) -> None:
+def write(args: Any, entries: dict[str, Entry], data: Any, layers: dict, last: dict[str, int]) -> None:
     """Write the table as Markdown and the figures as JSON."""
     full = entries[FULL].answers
     lines = [_header(args.metric, layers)]
@@ -216,13 +232,15 @@ def write(args: Any, entries: dict[str, Entry], test: list, layers: dict, last: 
     kept = entries[FIRST].answers.quality / full.quality if full.quality else float("nan")
     control = f"Control: everything at its first exit keeps {kept:.1%} of full-depth {args.metric}"
     control += " - depth hardly matters here, and no saving is credited to exits." if kept >= 0.99 else "."
-    kind = "K/V modes" if args.kv_modes else "methods"
+    kind = "K/V modes at equal quality" if args.kv_modes else "methods"
     text = (
         f"# {args.name}: {kind} of the papers\n\n{device()}, {args.threads} thread(s), torch {torch.__version__}; "
         f"{today()}. Layers at full depth: {last}. Quality on {len(full.scores)} test samples of "
         f"{len(set(full.clusters))} sources; 95 % interval of the share kept by drawing sources again. Each method at "
         f"the boldest setting that kept {args.keep:.0%} on the tuning data. Time: batch 1, {args.timed_samples} "
-        f"samples, {args.repeats} repeats, all in turn; ratio to our engine at full depth, paired.\n\n"
+        f"samples, {args.repeats} repeats, all in turn: medians; ratio to our engine at full depth, paired. The parts "
+        "(means, signals of the decoder being part of its ms) are of one further pass over the same samples. "
+        f"{_split(data)}\n\n"
         + "\n".join(lines)
         + f"\n\n{control}\n\nSettings:\n\n"
         + "\n".join(f"* {name}: {_setting(entry)}" for name, entry in order)
@@ -233,6 +251,14 @@ def write(args: Any, entries: dict[str, Entry], test: list, layers: dict, last: 
     write_text(target.with_suffix(".md"), text)
     write_text(target.with_suffix(".json"), json.dumps(_figures(entries, full), indent=1) + "\n")
     print(text)
+
+
+def _split(data: Any) -> str:
+    if data.hparams["test"] is not None or data.has_test_shards:
+        return "Test data: shards of their own."
+    return (
+        "Test data: the validation split, which no method was tuned on; training looked at it, but kept its last step."
+    )
 
 
 def _header(metric: str, layers: dict) -> str:
@@ -260,12 +286,7 @@ def _line(name: str, entry: Entry, full: Answers, layers: dict) -> str:
 
 
 def _setting(entry: Entry) -> str:
-    rules = [
-        f"{stream} {rule.signal} {[round(t, 4) for t in rule.reachable.values()]} at {list(rule.reachable)}"
-        for stream, rule in entry.policy.rules.items()
-        if rule.signal != "static"
-    ]
-    return "; ".join(rules) or entry.policy.depths_in_words()
+    return in_words(entry.policy) + (f" ({entry.note})" if entry.note else "")
 
 
 def _figures(entries: dict[str, Entry], full: Answers) -> dict[str, Any]:

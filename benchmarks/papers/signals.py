@@ -56,11 +56,19 @@ def main() -> None:
         text += (
             f"\n## {name}: mean depth for a given share of harmless exits\n\n{depth_table(stream, scores, harmless)}"
         )
-        if name == "decoder":
+        if name == "decoder" and "gate" in scores:
             depth = depth_at(stream, scores["gate"], harmless, 0.99)
             where = f"{device()}, 1 thread"
             command = f"python -m papers.signals --ckpt_path CKPT --name {args.name}"
-            note(f"{args.name}_depth_at_99_agreement", depth, 2.2, "lower", "mean decoder depth", command, where)
+            note(
+                f"{args.name}_depth_at_99_agreement",
+                depth,
+                2.2,
+                "lower",
+                "mean decoder depth, threshold read off the same data",
+                command,
+                where,
+            )
     target = Path(__file__).parents[1] / "results" / f"signals_{args.name}_{today()}.md"
     write_text(target, text)
     print(text)

@@ -40,6 +40,11 @@ class JointEncoderStream:
 def joint_embedding(model: Any, inputs: Inputs, features_BND: Tensor | None) -> Tensor:
     """Return what enters the encoder's first layer, ``[B, S, D]``; without features, placeholders stay as they are."""
     ids = inputs["input_ids"]
+    if ids.shape[1] > (most := model.config.text_config.max_position_embeddings):
+        raise ValueError(
+            f"The prompt has {ids.shape[1]} tokens, image tokens included; the encoder's `max_position_embeddings` is "
+            f"{most}."
+        )
     h_BSD = model.get_input_embeddings()(ids)
     if features_BND is not None:
         features = features_BND.to(h_BSD.dtype)

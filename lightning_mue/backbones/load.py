@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
 
+from lightning_mue.backbones.view import EXITS
+
 
 def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
     """Return the model that ``source`` describes.
@@ -26,7 +28,7 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
     if isinstance(source, str):
-        # What is kept in float16 does not train in it; and transformers loads into eval mode, which Lightning would keep.
+        # What is kept in float16 does not train in it; transformers loads into eval mode, which Lightning would keep.
         return AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).train()
     settings = dict(source)
     if "model_type" not in settings:
@@ -52,8 +54,14 @@ def backbone_config(model: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of all weights: names, shapes, types and bytes. Equal weights give equal fingerprints."""
+    """Return a hash of all weights: names, shapes, types and bytes. Equal weights give equal fingerprints.
+
+    Tied weights make different functions where exits take image and text apart, so how they meet is hashed then too.
+    """
     digest = hashlib.sha256()
+    exits: Any = getattr(model, EXITS, None)
+    if exits is not None and exits.encoder != "joint":
+        digest.update(exits.encoder.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()

@@ -91,12 +91,16 @@ def split_modalities(inputs: Inputs, image_token_id: int) -> tuple[Tensor, Tenso
     """Return the positions of image tokens ``[B, N]`` and of all others ``[B, T]`` in ``input_ids``, in order.
 
     Raises:
-        ValueError: rows with different numbers of image tokens.
+        ValueError: rows with different numbers of image tokens, or no text, or no image.
     """
     is_image_BS = inputs["input_ids"] == image_token_id
     counts = is_image_BS.sum(1).tolist()
     if len(set(counts)) != 1:
         raise ValueError(f"Every row of `input_ids` must hold as many image tokens as the others, got {counts}")
+    if not 0 < counts[0] < is_image_BS.shape[1]:
+        raise ValueError(
+            f"`input_ids` must hold image and text, got {counts[0]} image tokens of {is_image_BS.shape[1]}"
+        )
     order_BS = is_image_BS.int().argsort(dim=1, descending=True, stable=True)
     return order_BS[:, : counts[0]], order_BS[:, counts[0] :]
 

@@ -82,7 +82,7 @@ class BatchKeys:
         value = _entry(batch, name if key is None else key)
         if value is None and key is None:
             return None
-        values = value.tolist() if isinstance(value, Tensor) else list(value or [])
+        values = value.tolist() if isinstance(value, Tensor) else [] if value is None else list(value)
         if len(values) != size:
             raise ValueError(
                 f"`{name}` is {key!r}, which must give one entry for each of {size} samples; found {len(values)} in "

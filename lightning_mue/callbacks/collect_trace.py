@@ -21,6 +21,7 @@ from lightning_mue.callbacks.batches import (
 )
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.callbacks.multi_exit_supervision import find_model
+from lightning_mue.exits import attached
 from lightning_mue.inference.record import record
 from lightning_mue.trace import Trace
 
@@ -31,8 +32,11 @@ def open_journal(
     """Return the journal of a calibration of this model on the trainer's data."""
     settings = view(model).decode_settings(max_new_tokens)
     datamodule = getattr(trainer, "datamodule", None)
+    exits = attached(model)
     key = {
         "fingerprint": fingerprint(model),
+        # Exits without adapters and gates have no weights: the fingerprint does not know them.
+        "exits": exits.config.to_dict() if exits is not None else None,
         "device": next(model.parameters()).device.type,
         "decode": dict(settings.plain),
         "answers": list(getattr(datamodule, "closed_answers", None) or []),

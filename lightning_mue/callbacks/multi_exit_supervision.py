@@ -66,16 +66,16 @@ class MultiExitSupervision(L.Callback):
     ) -> None:
         self.model, self.exits = model, ExitConfig.of(exits)
         self.supervision = Supervision(
-            weighting,
-            early_probability,
-            early_after,
-            gate_weight,
-            gate_balance,
-            own_path,
-            distill,
-            distill_temperature,
-            propagate,
-            seed,
+            weighting=weighting,
+            early_probability=early_probability,
+            early_after=early_after,
+            gate_weight=gate_weight,
+            gate_balance=gate_balance,
+            own_path=own_path,
+            distill=distill,
+            distill_temperature=distill_temperature,
+            propagate=propagate,
+            seed=seed,
         )
         self._first_labels: FirstLabels | None = None
         self._forget_absence: Callable[[], None] | None = None
@@ -92,6 +92,11 @@ class MultiExitSupervision(L.Callback):
                 torch.default_generator.manual_seed(self.supervision.seed)
                 exits = attach_exits(model, self.exits)
         check_same(self.exits, exits, f"MultiExitSupervision({self.model!r})")
+        if exits.encoder != "joint":
+            rank_zero_warn(
+                "Exits of `image` or `text` decompose the encoder: training and our engine use that function, the "
+                "project's own forward outside of `training_step` (its validation loss, its `generate`) the joint one."
+            )
         self._release()
         self._forget_absence = exits.register_load_state_dict_post_hook(_may_be_absent).remove
 

@@ -83,6 +83,8 @@ class ExitConfig:
             raise ValueError("`shortlist` is for the decoder's gates: it needs `gate: true` and exits of `decoder`")
         if self.text_reads_image and self.encoder_kind == "joint":
             raise ValueError("`text_reads_image` needs a decomposed encoder: name exits of `image` or `text`")
+        if self.encoder and self.encoder_kind != "joint":
+            raise ValueError("`encoder` is all tokens together, `image` and `text` each alone: name one or the other")
         for stream, layers in self.layers().items():
             if stream not in num_layers:
                 raise ValueError(f"{stream!r} is not a stream of this backbone; it has {list(num_layers)}")

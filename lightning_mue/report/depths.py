@@ -89,6 +89,14 @@ def sample_depths(of_stream: np.ndarray) -> np.ndarray:
     return of_stream.sum(1) / np.maximum(1, (of_stream > 0).sum(1))
 
 
+def panel_rows(count: int, narrow: bool) -> int:
+    """Return the rows of ``count`` panels: one below the other on phones, else up to three side by side."""
+    return count if narrow else -(-count // 3)
+
+
 def _panels(figure: Figure, count: int, narrow: bool) -> list[Axes]:
-    shape = (count, 1) if narrow else (1, count)
-    return list(figure.subplots(*shape, squeeze=False).flat)
+    rows = panel_rows(count, narrow)
+    panels = list(figure.subplots(rows, -(-count // rows), squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return panels[:count]

@@ -1,4 +1,4 @@
-"""Plots of what could be had: predicted loss against predicted time, and measured quality against measured time."""
+"""The plot of what could be had: predicted loss against predicted time."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from lightning_mue.calibration import Proposal, Tested
 from lightning_mue.calibration.losses import tolerance_of
 from lightning_mue.policy import ExitPolicy
-from lightning_mue.report.svg import BAD, GOOD, INK, LINE, MUTED, PAPER, Label, place_labels
-from lightning_mue.report.table import Row
+from lightning_mue.report.labels import Label, place_labels
+from lightning_mue.report.svg import BAD, GOOD, INK, LINE, MUTED, PAPER, frame
 
 _BEYOND = 2.0  # so much of the allowed loss is shown; what uses more is marked at the edge
 
@@ -36,7 +36,7 @@ def draw_frontier(figure: Figure, proposal: Proposal, tests: Sequence[Tested], p
     times = [c.ms for c in (*proposal.frontier, *proposal.chain, *proposal.statics)]
     span = max(max(times) - min(times), 0.05 * max(times))
     axes.set_xlim(min(times) - 0.07 * span, max(times) + 0.1 * span)
-    _frame(axes, "share of the allowed loss that is used", "predicted ms per sample")
+    frame(axes, "share of the allowed loss that is used", "predicted ms per sample")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.axhspan(1.0, axes.get_ylim()[1], color=BAD, alpha=0.07, linewidth=0)
     axes.axhline(1.0, color=BAD, linewidth=1)
@@ -55,34 +55,6 @@ def used_of(test: Tested, proposal: Proposal) -> float:
     keep = proposal.keep
     start = 0.0 if proposal.metric == "consistency" else -(1 - keep) / keep * test.score_full_depth
     return (test.result.mean_loss - start) / max(tolerance_of(proposal.metric, keep) - start, 1e-12)
-
-
-def draw_measured(figure: Figure, rows: Sequence[Row], quality: str) -> None:
-    """Draw quality against median time, with a line to the 95th percentile.
-
-    Args:
-        figure: empty.
-        rows: with quality and time.
-        quality: what it is called.
-    """
-    axes = figure.subplots()
-    points = [(row.p50_ms or 0.0, row.quality or 0.0) for row in rows]
-    for row, (x, y) in zip(rows, points, strict=True):
-        color = GOOD if row.chosen else INK
-        if row.p95_ms is not None:
-            axes.plot([x, row.p95_ms], [y, y], color=color, linewidth=1, alpha=0.35, solid_capstyle="butt")
-        axes.plot(x, y, "o", color=color, markersize=8 if row.chosen else 5)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    pad = max(0.12 * (high - low), 0.01)
-    axes.set_ylim(low - pad, high + pad)
-    axes.set_xlim(0, max(max(row.p95_ms or 0.0, x) for row, (x, _) in zip(rows, points, strict=True)) * 1.05)
-    _frame(axes, quality, "ms per sample: dot = median, line to the 95th percentile")
-    ordered = sorted(zip(rows, points, strict=True), key=lambda pair: not pair[0].chosen)
-    labels = [Label(row.name, x, y, GOOD if row.chosen else INK, row.chosen, not row.chosen) for row, (x, y) in ordered]
-    lines = [
-        (row.p50_ms or 0.0, row.p95_ms, y) for row, (_, y) in zip(rows, points, strict=True) if row.p95_ms is not None
-    ]
-    place_labels(axes, labels, points, lines)
 
 
 def _draw_statics(axes: Axes, proposal: Proposal, policy: ExitPolicy, top: float) -> list[Label]:
@@ -120,15 +92,3 @@ def _draw_chain(
         elif accepted is None and i == len(tests):
             labels.append(Label("not tested", x, y, GOOD))
     return labels
-
-
-def _frame(axes: Axes, title: str, below: str) -> None:
-    """Name the axes; the upright one above it, where it reads without turning the head."""
-    axes.set_title(title, color=MUTED)
-    axes.set_xlabel(below)
-    axes.grid(axis="y")
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(5))

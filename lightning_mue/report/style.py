@@ -56,6 +56,20 @@ figcaption, .small { color: var(--muted); font-size: .88rem; line-height: 1.5; }
 dl.setting { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.5rem; margin: 0; font-size: .92rem; }
 dl.setting dt { color: var(--muted); }
 dl.setting dd { margin: 0; overflow-wrap: anywhere; }
+.shown { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.75rem 2rem;
+  list-style: none; margin: 1.5rem 0 0; padding: 0; }
+.shown li { display: flex; gap: 1rem; break-inside: avoid; }
+.shown li > div { min-width: 0; }
+.shown img { flex: none; width: 6rem; height: 6rem; object-fit: contain; object-position: top;
+  image-rendering: pixelated; }
+.shown p { margin: 0 0 .25rem; overflow-wrap: anywhere; }
+.shown .small { font-size: .82rem; }
+.prompt { line-height: 1.35; }
+.answer { line-height: 1.75; white-space: pre-wrap; }
+.token { padding: .1em .2em; border-radius: .25em; margin-right: 1px; color: #000; print-color-adjust: exact; }
+.legend .token { padding: .1em .5em; }
+.token sub { font-size: .62em; margin-left: .15em; line-height: 0; font-variant-numeric: tabular-nums; }
+.right { color: var(--good); } .wrong { color: var(--bad); }
 @media (max-width: 40rem) {
   figure svg.wide { display: none; }
   figure svg.narrow { display: block; }

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
+from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, LINE, GOOD, BAD, PAPER = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f", "#101112"
 """Stand-ins: the page has a light and a dark value for each, a picture could have only one."""
@@ -64,82 +63,16 @@ def inline_svg(draw: Draw, name: str, label: str, wide: tuple[float, float], nar
     return "\n".join(pictures)
 
 
-@dataclass(frozen=True)
-class Label:
-    """A text beside a point, in data coordinates; an optional one is left out where there is no room.
-
-    ``gap`` scales its distance from the point.
-    """
-
-    text: str
-    x: float
-    y: float
-    color: str = INK
-    bold: bool = False
-    optional: bool = True
-    gap: float = 1.0
-
-
-# Offsets in points and alignments, the preferred ones first.
-_PLACES = [
-    (7, 0, "left", "center"),
-    (-7, 0, "right", "center"),
-    (0, 7, "center", "bottom"),
-    (0, -7, "center", "top"),
-    (6, 6, "left", "bottom"),
-    (-6, 6, "right", "bottom"),
-    (6, -6, "left", "top"),
-    (-6, -6, "right", "top"),
-]
-
-
-def place_labels(
-    axes: Axes,
-    labels: Sequence[Label],
-    marks: Sequence[tuple[float, float]],
-    lines: Sequence[tuple[float, float, float]] = (),
-) -> None:
-    """Write each label where it hides no mark, line or other label; the first come have the choice.
-
-    Args:
-        axes: with its limits set.
-        labels: in order of importance.
-        marks: points, in data coordinates, that must stay visible.
-        lines: level ones that must stay visible: from x, to x, at y.
-    """
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    figure.draw_without_rendering()  # the layout decides where things are
-    spots: Any = axes.transData.transform(marks) if marks else []
-    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
-    ends: Any = axes.transData.transform([(x, y) for a, b, y in lines for x in (a, b)]) if lines else []
-    taken += [Bbox.from_extents(a[0], a[1] - 1, b[0], b[1] + 1) for a, b in zip(ends[::2], ends[1::2], strict=True)]
-    room = axes.get_window_extent().padded(2)
-    for label in labels:
-        for place in [*_PLACES, None]:
-            if place is None and label.optional:
-                break
-            dx, dy, across, up = place or _PLACES[0]
-            text = axes.annotate(
-                label.text,
-                (label.x, label.y),
-                (dx * label.gap, dy * label.gap),
-                textcoords="offset points",
-                ha=across,
-                va=up,
-                color=label.color,
-                weight="bold" if label.bold else "normal",
-                annotation_clip=False,
-            )
-            box = text.get_window_extent()
-            if place is None or (_inside(box, room) and not any(box.overlaps(other) for other in taken)):
-                taken.append(box)
-                break
-            text.remove()
-
-
-def _inside(box: Bbox, room: Bbox) -> bool:
-    return box.x0 >= room.x0 and box.x1 <= room.x1 and box.y0 >= room.y0 and box.y1 <= room.y1
+def frame(axes: Axes, title: str, below: str) -> None:
+    """Name the axes; the upright one above it, where it reads without turning the head."""
+    axes.set_title(title, color=MUTED)
+    axes.set_xlabel(below)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
 def _for_page(svg: str, form: str, label: str) -> str:

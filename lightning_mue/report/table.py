@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -29,6 +30,8 @@ class Row:
         depths: stream name -> mean exit depth.
         note: a few words.
         chosen: whether this is the policy that ships; marked wherever it is shown.
+        kind: what sort of variant; plots mark each sort in its own way.
+        label: the name in plots, where room is scarce; ``name`` if empty.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Row:
     depths: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     chosen: bool = False
+    kind: Literal["full depth", "static", "other"] = "other"
+    label: str = ""
 
 
 def print_table(
@@ -124,6 +129,11 @@ def ratio_text(row: Row) -> str:
     if row.ratio_spread is None or row.ratio == 1:
         return f"{row.ratio:.2f}"
     return f"{row.ratio:.2f} ± {row.ratio_spread / 2:.2f}"
+
+
+def baseline(rows: Sequence[Row]) -> Row | None:
+    """Return the row that the time ratios refer to."""
+    return next((row for row in rows if row.ratio == 1 and not row.chosen), None)
 
 
 def quality_name(certificate: Certificate | None) -> str:

@@ -99,13 +99,20 @@ class MultiExitModule(L.LightningModule):
         signals = ("gate", "similarity") if config.gate else ("similarity",)
         self._auroc: Any = nn.ModuleDict({f"{s}_{k}": BinaryAUROC() for k in config.decoder for s in signals})
         self._first_labels: FirstLabels | None = None
-        if init_from is not None:
-            left = take_weights(self, init_from)
+        self._init_from = init_from
+
+    def setup(self, stage: str) -> None:
+        """Take over the weights to begin with; a checkpoint that a run goes on from is read later and wins."""
+        if stage == "fit" and self._init_from is not None:
+            processor = getattr(getattr(self.trainer, "datamodule", None), "processor", None)
+            left = take_weights(self, self._init_from, processor)
             rank_zero_info(f"init_from: {len(left)} of {len(self.state_dict())} weights begin anew {left[:3]}")
 
     def on_train_start(self) -> None:
         """Make the shortlist of the training labels."""
         datamodule = getattr(self.trainer, "datamodule", None)
+        if self.supervision.own_path and getattr(datamodule, "closed_answers", None):
+            raise ValueError("`own_path` decodes freely, but answers are closed here; set it to 0.")
         vocab_size, step = self.backbone.decoder.vocab_size, self.trainer.global_step
         self._first_labels = begin_shortlist(self.exits, vocab_size, datamodule, step)
 
@@ -199,7 +206,9 @@ class MultiExitModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_epoch_start(self) -> None:
-        """Use the attention that trains fastest."""
+        """Use the attention that trains fastest; a frozen backbone has no dropout that gates should learn from."""
+        if self.hparams["learns"] == "gates":
+            self.model.eval()
         self.model.set_attn_implementation(self.hparams["attention"])
 
     def on_validation_model_eval(self) -> None:

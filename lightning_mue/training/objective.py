@@ -1,4 +1,7 @@
-"""The objective of one training step: deep supervision, streams left early, gates. Pure; Lightning only calls it."""
+"""The objective of one training step: deep supervision or propagated states, streams left early, distillation, gates.
+
+Pure; Lightning only calls it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class Objective:
         total: what is minimised.
         gates: of the gates, without their weight.
         distill: mean divergence of the exits from the last one, without its weight.
-        by_exit: decoder layer -> its cross-entropy; empty in a step with copied states.
+        by_exit: decoder layer -> its cross-entropy; empty in a step with propagated states.
     """
 
     total: Tensor
@@ -60,7 +63,7 @@ def objective(
     gates = distill = zero = torch.zeros((), device=labels_BT.device)
     found, by_exit = None, dict[int, Tensor]()
     if step.token_seed is not None:
-        deep = copied_states_loss(backbone, exits, inputs, labels_BT, step, how)
+        deep = propagated_loss(backbone, exits, inputs, labels_BT, step, how)
     else:
         temperature = how.distill_temperature if how.distill else None
         found = supervise(backbone, exits, inputs, labels_BT, step.depths, None, temperature)
@@ -79,13 +82,13 @@ def objective(
     return Objective(total, gates.detach(), distill.detach(), by_exit)
 
 
-def copied_states_loss(
+def propagated_loss(
     backbone: Backbone, exits: Exits, inputs: Inputs, labels_BT: Tensor, step: Step, how: Supervision
 ) -> Tensor:
     """Return the loss of a step in which every target position is left at a random exit and its state passed up.
 
-    Each position counts at its own exit only, the more the rarer that is drawn for its weight: in expectation every
-    exit, and so the last layer, has the weight that deep supervision gives it.
+    Each position counts at its own exit alone, weighted so that in expectation every exit, the last layer included, has
+    the weight that deep supervision gives it.
     """
     assert step.token_seed is not None
     layers = decoder_exits(backbone, exits)

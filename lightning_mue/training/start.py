@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from lightning_mue.exits import attached
@@ -13,15 +14,31 @@ from lightning_mue.exits import attached
 Learners = Literal["all", "exits", "gates"]
 
 
-def take_weights(module: nn.Module, path: str | os.PathLike[str]) -> list[str]:
+def take_weights(module: nn.Module, path: str | os.PathLike[str], processor: Any = None) -> list[str]:
     """Take over a checkpoint's weights wherever name and shape are the same; return the names left as they were.
 
+    Args:
+        module: takes them.
+        path: of a Lightning checkpoint.
+        processor: of the data; its tokenizer must be the checkpoint's, or embeddings would mean other texts.
+
     Raises:
-        ValueError: the file is no Lightning checkpoint, or nothing in it fits.
+        ValueError: the file is no Lightning checkpoint, nothing in it fits, or the tokenizer is another.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # truncated or foreign: torch raises what it stumbles over
+        raise ValueError(f"`init_from` must be a Lightning checkpoint, which {path} is not ({error})") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"`init_from` must be a Lightning checkpoint, which {path} is not")
+    kept = checkpoint.get("ShardsDataModule", {}).get("tokenizer")
+    if kept and processor and Tokenizer.from_str(kept).get_vocab() != processor.tokenizer.get_vocab():
+        raise ValueError(
+            f"`init_from`: {path} was trained with another tokenizer. Freeze it, and give the data that bundle's "
+            "folder `processor` as `processor`."
+        )
     own = module.state_dict()
     fitting = {k: v for k, v in checkpoint["state_dict"].items() if k in own and own[k].shape == v.shape}
     if not fitting:

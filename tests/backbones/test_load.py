@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_mue.backbones import backbone_config, build_backbone, fingerprint, num_layers, view
+from lightning_mue.exits import ExitConfig, attach_exits, detach_exits
 from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import ExitPolicy
 from tests import zoo
@@ -44,6 +45,18 @@ def test_one_changed_weight_changes_the_fingerprint():
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-3
     assert fingerprint(model) != before
+
+
+def test_the_same_weights_seen_otherwise_have_another_fingerprint():
+    model = zoo.make("florence2", exits=False)
+    seen = []
+    for config in ({"encoder": [1]}, {"image": [1]}, {"text": [1]}, {"image": [1], "text_reads_image": True}):
+        attach_exits(model, ExitConfig(**config, adapter="none", gate=False))  # no weights of their own
+        seen.append(fingerprint(model))
+        detach_exits(model)
+    assert seen[0] == fingerprint(model)
+    assert seen[1] == seen[2]
+    assert len(set(seen)) == 3
 
 
 def test_what_has_no_view_is_named():

@@ -104,7 +104,7 @@ def test_streams_are_left_early_after_their_share_of_the_training(fit, monkeypat
     assert seen[0]
 
 
-def test_steps_with_copied_states_and_distillation(fit):
+def test_steps_with_propagated_states_and_distillation(fit):
     _, losses = fit(supervision(propagate=1.0, early_after=0.0), max_steps=1)
     assert losses.logged[0].keys() == {"train/gates"}
     _, losses = fit(supervision(distill=0.5), max_steps=1)

@@ -48,18 +48,18 @@ def decoder_rule(model, name, tensors, signal, share=0.35, **more: Any):
 
 
 @torch.inference_mode()
-def encoder_rules(model, name, tensors, share=0.35):
-    """The same for the streams left once per sample, by gate."""
+def encoder_rules(model, name, tensors, signal="gate", share=0.35):
+    """The same for the streams left once per sample."""
     scores: dict[str, dict[int, torch.Tensor]] = {}
     exits = attached(model)
 
     def record(stream, k, state, before):
         if k in exits.layers[stream]:
-            scores.setdefault(stream, {})[k] = stream_scores(exits, "gate", stream, k, state, before)
+            scores.setdefault(stream, {})[k] = stream_scores(exits, signal, stream, k, state, before)
 
     encode(view(model), exits, tensors, {}, Stopwatch(torch.device("cpu"), False), record)
     return {
-        stream: ExitRule("gate", tuple(at), [s.quantile(1 - share).item() for s in at.values()])
+        stream: ExitRule(signal, tuple(at), [s.quantile(1 - share).item() for s in at.values()])
         for stream, at in scores.items()
     }
 
@@ -67,7 +67,8 @@ def encoder_rules(model, name, tensors, share=0.35):
 def mixed(model, name, tensors, signal="gate", share=0.35, decay=None, from_step=0, **fill: Any):
     """A policy under which rows and tokens leave every stream at many different layers."""
     decoder = decoder_rule(model, name, tensors, signal, share, decay=decay, from_step=from_step)
-    return ExitPolicy(encoder_rules(model, name, tensors) | {"decoder": decoder}, **fill)
+    encoders = encoder_rules(model, name, tensors, "similarity" if signal == "similarity" else "gate")
+    return ExitPolicy(encoders | {"decoder": decoder}, **fill)
 
 
 def random_depths(name, rows, seed=0):

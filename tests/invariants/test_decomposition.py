@@ -103,6 +103,16 @@ def test_rows_with_different_numbers_of_image_tokens_are_refused(name):
         ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors)
 
 
+@pytest.mark.parametrize("name", APART)
+def test_a_modality_without_tokens_is_refused(name):
+    model, tensors = zoo.shared(name), zoo.inputs(name, 2)
+    first, rest = slice(zoo.IMAGE_TOKENS), slice(zoo.IMAGE_TOKENS, None)
+    for part, found in ((first, "5 image tokens of 5"), (rest, "0 image tokens of 6")):
+        only = tensors | {key: tensors[key][:, part] for key in ("input_ids", "attention_mask")}
+        with pytest.raises(ValueError, match=f"must hold image and text, got {found}"):
+            ExitEngine(model, ExitPolicy.full_depth()).generate(**only)
+
+
 def test_naming_image_or_text_decomposes():
     for config, kind in (
         ({"encoder": [1]}, "joint"),
@@ -117,7 +127,7 @@ def test_naming_image_or_text_decomposes():
         expected = ["encoder"] if kind == "joint" else ["image", "text"]
         assert list(num_layers(view(model))) == ["vision", *expected, "decoder"]
     for config in ({"encoder": [1], "image": [1]}, {"encoder": [1], "text": [1], "text_reads_image": True}):
-        with pytest.raises(ValueError, match=r"'encoder' is not a stream of this backbone; it has .*'image', 'text'"):
+        with pytest.raises(ValueError, match="`image` and `text` each alone: name one or the other"):
             attach_exits(zoo.tiny_florence2(), config)
     with pytest.raises(ValueError, match="`text_reads_image` needs a decomposed encoder"):
         attach_exits(zoo.tiny_florence2(), {"encoder": [1], "text_reads_image": True})

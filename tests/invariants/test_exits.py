@@ -92,6 +92,7 @@ POLICIES = {
     "just-in-time": {},
     "propagate": {"kv_fill": "propagate", "backlog": 1, "share": 0.5},
     "copy": {"kv_fill": "copy"},
+    "similarity": {"signal": "similarity"},
     "patience": {"signal": "patience"},
     "decay": {"signal": "confidence", "decay": (0.8, 3.0), "from_step": 2},
 }

@@ -40,7 +40,7 @@ def some_depths(name):
 
 
 DEPTHS = [(name, depths) for name in BACKBONES for depths in some_depths(name)]
-STEPS = {"plain": {}, "own path": {"own_path": True}, "copied states": {"token_seed": 5}}
+STEPS = {"plain": {}, "own path": {"own_path": True}, "propagated states": {"token_seed": 5}}
 
 
 @pytest.mark.parametrize(("name", "depths"), DEPTHS)
@@ -57,7 +57,7 @@ def test_every_exit_parameter_gets_a_gradient_in_every_step(name, depths, kind):
         learns = any(p.grad.abs().sum() > 0 for p in exits.gates[f"{stream}_{k}"].parameters())
         assert learns == (len(depths) == 1)
     decoder_learns = any(p.grad.abs().sum() > 0 for p in exits.gates["decoder_1"].parameters())
-    assert decoder_learns == (kind != "copied states")
+    assert decoder_learns == (kind != "propagated states")
     assert model.training
 
 
@@ -213,7 +213,7 @@ def test_on_its_own_path_a_gate_is_told_what_the_last_layer_generates(name, monk
 
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("weighting", ["avg+last", "sum", "linear"])
-def test_copied_states_are_those_of_decoding_token_by_token(name, weighting):
+def test_propagated_states_are_those_of_decoding_token_by_token(name, weighting):
     model = zoo.make(name)
     tensors, labels = batch_of(name)
     backbone, exits = view(model), attached(model)
@@ -237,7 +237,7 @@ def test_copied_states_are_those_of_decoding_token_by_token(name, weighting):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_copied_states_are_those_of_the_engine(name):
+def test_propagated_states_are_those_of_the_engine(name):
     """Under K/V fill ``propagate`` and the same depths the engine leaves with the same states."""
     model = zoo.make(name)
     tensors = zoo.inputs(name, 3)
@@ -255,7 +255,7 @@ def test_copied_states_are_those_of_the_engine(name):
             torch.testing.assert_close(states[-1][row, step], states[k][row, step])
 
 
-def test_in_expectation_copied_states_weigh_exits_as_deep_supervision_does(monkeypatch):
+def test_in_expectation_propagated_states_weigh_exits_as_deep_supervision_does(monkeypatch):
     """A single position has nothing to copy: the mean over its possible depths is the plain loss."""
     model = zoo.make("florence2")
     tensors, labels = zoo.inputs("florence2", 1), torch.tensor([[17]])

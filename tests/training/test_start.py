@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from lightning_mue.backbones.processor import build_processor
+from lightning_mue.data.tokenizer import train_tokenizer
 from lightning_mue.exits import attached
 from lightning_mue.training import MultiExitModule
-from lightning_mue.training.start import let_learn
+from lightning_mue.training.start import let_learn, take_weights
 from tests import zoo
 
 
@@ -23,21 +25,35 @@ def checkpoint(tmp_path):
 
 def test_weights_that_fit_are_taken_and_the_others_begin_anew(checkpoint):
     trained, path = checkpoint
-    fresh, begun = module(), module(init_from=path)  # other adapters: they are wider
+    fresh, begun = module(), module()  # other adapters: they are wider
+    left = take_weights(begun, path)
     for name, weight in begun.state_dict().items():
         other = trained.state_dict().get(name)
         source = other if other is not None and other.shape == weight.shape else fresh.state_dict()[name]
         assert torch.equal(weight, source), name
-    assert "init_from" not in begun.hparams
+    assert left
+    assert all("adapters" in name for name in left)
 
 
 def test_what_is_no_checkpoint_or_fits_nowhere_is_refused(tmp_path):
     torch.save({"x": 1}, tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="must be a Lightning checkpoint"):
-        module(init_from=str(tmp_path / "b.ckpt"))
+        take_weights(module(), tmp_path / "b.ckpt")
+    (tmp_path / "d.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="must be a Lightning checkpoint"):
+        take_weights(module(), tmp_path / "d.ckpt")
     torch.save({"state_dict": {"other": torch.zeros(2)}}, tmp_path / "c.ckpt")
     with pytest.raises(ValueError, match="no weight in"):
-        module(init_from=str(tmp_path / "c.ckpt"))
+        take_weights(module(), tmp_path / "c.ckpt")
+
+
+def test_another_tokenizer_is_refused(checkpoint, tmp_path):
+    trained, _ = checkpoint
+    own, other = (train_tokenizer([text], 300) for text in ("red circle", "blue square"))
+    torch.save({"state_dict": trained.state_dict(), "ShardsDataModule": {"tokenizer": own}}, tmp_path / "e.ckpt")
+    take_weights(module(), tmp_path / "e.ckpt", build_processor(own, 32, 2))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        take_weights(module(), tmp_path / "e.ckpt", build_processor(other, 32, 2))
 
 
 @pytest.mark.parametrize(
