@@ -363,6 +363,8 @@ def test_text_that_a_later_token_changes_is_still_joined_to_the_whole():
     strips = lambda ids: "".join("a b"[k] for k in ids).strip()  # noqa: E731
     assert split_text(strips, [0, 1, 2]) == ["a", "", " b"]
     assert split_text(strips, []) == []
+    there_and_back = lambda ids: ["", "a.", "a .", "a.b"][len(ids)]  # noqa: E731
+    assert split_text(there_and_back, [7, 8, 9]) == ["a.", "", "b"]
 
 
 METHODS = ["MuE", "MuE as published", "DEED", "MuE + DEED", "CALM", "FREE", "patience", "entropy", "gate"]
