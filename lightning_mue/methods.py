@@ -133,8 +133,8 @@ def in_words(policy: ExitPolicy) -> str:
 
 
 def _shallow(decoder: Sequence[int], last: int) -> int:
-    """FREE's one shallow exit: a third of the stack, as in its T5 models."""
-    return min(decoder, key=lambda k: abs(k - last / 3))
+    """FREE's one shallow exit: a quarter of the stack, as in its scripts for T5-large (6 of 24)."""
+    return min(decoder, key=lambda k: abs(k - last / 4))
 
 
 def _rule(

@@ -210,14 +210,14 @@ def _tune(judge: _Judge, policy: ExitPolicy, tuning: Iterable[Batch], bars: Prog
     for method, family in methods.items():
         found = boldest(family, quality, least)
         if method == STATIC and found is not None:
-            tuned.notes[_static(found.rules["decoder"].layers[0])] = f"boldest that kept {keep:.1%}"
+            tuned.notes[_static(found.rules["decoder"].layers[0])] = f"boldest static depth that kept {keep:.1%}"
         elif method != STATIC:
             tuned.policies[method] = found or family[0]
             tuned.notes[method] = "" if found else f"its safest, which kept less than {keep:.1%}"
         bars.advance(bar)
     tuned.note = (
-        f"Each method of the literature, and of the static depths the one marked, has the boldest setting that kept "
-        f"{keep:.1%} of full-depth quality on {_count(batches)} samples of the calibration data; none is certified."
+        f"Each method of the literature has the boldest setting that kept {keep:.1%} of full-depth quality on "
+        f"{_count(batches)} samples of the calibration data; unlike the calibrated exits, none is certified."
     )
     return tuned
 

@@ -35,8 +35,14 @@ def test_each_method_asks_its_own_signal_at_every_exit():
         for policy in FAMILIES[method]:
             assert {stream: rule.signal for stream, rule in policy.rules.items()} == signals
             for stream, rule in policy.rules.items():
-                assert rule.layers == ((2,) if method == "FREE" else LAYERS[stream])  # 2 of 6: a third of the stack
+                assert method == "FREE" or rule.layers == LAYERS[stream]
     assert [p.rules["decoder"].layers for p in FAMILIES[STATIC]] == [(5,), (4,), (2,), (1,)]
+
+
+def test_free_has_one_shallow_exit_after_layer_6_of_24_as_in_its_scripts():
+    for policy in families({"decoder": range(1, 24)}, {"decoder": 24}, 16)["FREE"]:
+        assert policy.rules["decoder"].layers == (6,)
+    assert families({"decoder": (2, 4, 8)}, {"decoder": 12}, 16)["FREE"][0].rules["decoder"].layers == (2,)
 
 
 @pytest.mark.parametrize("method", SIGNALS)

@@ -70,7 +70,7 @@ def test_the_pictures_shown_are_test_pictures_with_the_bundles_answers(out, page
         said = html.unescape(re.sub(r"<sub>\d+</sub>|<[^>]*>", "", said)).removesuffix("■").replace("·", "")
         assert said.strip() == engine.answer([picture], [prompt])[0]
         assert ("✓ right" in body) == (said.strip() in sample.references)
-        assert f"level {sample.level} " in body
+        assert f"level\N{NO-BREAK SPACE}{sample.level} " in body
 
 
 def test_shown_are_easy_and_hard_ones_alike_each_with_its_own_picture():

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -305,7 +306,7 @@ def test_every_token_shows_its_depth_in_colour_and_in_words():
     text = pictures_html(SHOWN, {"vision": 3, "decoder": 4})
     assert "✓ right</b>; reference: red cross<" in text
     assert "✗ wrong</b>; reference: a &lt; b / c<" in text
-    assert "level 2 · vision 3 of 3" in text
+    assert "level 2 · vision 3 of 3" in text.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_pictures_are_the_very_pixels():
@@ -379,7 +380,8 @@ def crowd(seed):
     ]
     rows += [Row(f"static {k}", q, 6.5 + k / 2, kind="static") for k, q in ((1, 0.55), (2, 0.585), (3, 0.6))]
     rows += [Row("all at first exit", 0.2, 4.5), Row("calibrated exits", 0.597, 7.6, chosen=True)]
-    return rows + [Row(m, 0.6 - 0.012 * rng.random(), 7.5 + 1.5 * rng.random()) for m in METHODS]
+    rows += [Row(m, 0.6 - 0.012 * rng.random(), 7.5 + 1.5 * rng.random()) for m in METHODS]
+    return [replace(row, ratio=row.p50_ms / 9.0, ratio_spread=0.02) for row in rows]
 
 
 @pytest.mark.parametrize("keep", [None, 0.98])
@@ -392,13 +394,19 @@ def test_all_names_are_in_the_measured_plot_and_none_hides_another_or_a_mark(see
     (axes,) = figure.axes
     boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
     assert set(boxes) == {row.name for row in rows}
-    room = axes.get_window_extent().padded(3)
-    points = [(row.p50_ms, row.quality / 0.6 - 1) for row in rows]
+    room = axes.get_window_extent().padded(1)
+    points = [(row.ratio, row.quality / 0.6 - 1) for row in rows]
     for name, box in boxes.items():
         assert room.contains(box.x0, box.y0), name
         assert room.contains(box.x1, box.y1), name
         assert not [other for other in boxes if other != name and box.padded(-1).overlaps(boxes[other].padded(-1))]
         assert not [xy for xy in axes.transData.transform(points) if box.contains(*xy)], name
+    joins = [axes.transData.transform(line.get_xydata()) for line in axes.lines if line.get_linewidth() == 0.6]
+    for begin, end in joins:
+        along = np.linspace(begin, end, 100)
+        assert not [name for name, box in boxes.items() if any(box.padded(-1).contains(*xy) for xy in along)]
+        others = [xy for xy in axes.transData.transform(points) if np.hypot(*(xy - begin)) > 6.5]
+        assert not [xy for xy in others if np.hypot(*(along - xy).T).min() < 3]
 
 
 def test_the_scale_is_even_within_the_allowed_loss_and_shows_all():
@@ -409,10 +417,21 @@ def test_the_scale_is_even_within_the_allowed_loss_and_shows_all():
     at = lambda share: axes.transData.transform((5, share - 1))[1]  # noqa: E731
     assert at(1.0) - at(0.99) == pytest.approx(at(0.99) - at(0.98))
     assert (at(0.98) - at(0.80)) == pytest.approx(at(1.0) - at(0.98), rel=0.15)  # a decade of loss
+    marks = [line.get_xydata()[0] for line in axes.lines if line.get_marker() in ("o", "s", "D")]
+    assert np.allclose(marks, [(row.p50_ms / 9.0, row.quality / 0.6 - 1) for row in crowd(0)])
     low, high = axes.get_ylim()
     assert low < 0.2 / 0.6 - 1
     assert high > 0
     assert axes.title.get_text() == "exact match kept, of full depth"
+
+
+def test_without_a_baseline_quality_itself_is_shown_against_milliseconds():
+    rows, figure = [replace(row, ratio=None) for row in crowd(0)[:7]], Figure()
+    draw_measured(figure, rows, "exact match", keep=0.98)
+    (axes,) = figure.axes
+    marks = [line.get_xydata()[0] for line in axes.lines if line.get_marker() in ("o", "s", "D")]
+    assert np.allclose(marks, [(row.p50_ms, row.quality) for row in rows])
+    assert (axes.get_yscale(), axes.get_xlabel()) == ("linear", "median ms per sample")
 
 
 def test_an_optional_label_is_left_out_where_there_is_no_room_and_another_is_joined_to_its_point():

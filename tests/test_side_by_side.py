@@ -120,6 +120,23 @@ def test_every_row_is_what_its_policy_does_sample_by_sample(measured, model):
     assert measured.depths["decoder"].shape[0] == 8
 
 
+def test_mues_published_rule_judges_each_sample_alone(model):
+    """In a batch it would judge all four as one: with this threshold some leave, some do not."""
+    batches = Data(model).test_dataloader()
+    for t in np.linspace(1, -1, 81):
+        policy = ExitPolicy({"vision": ExitRule("flat_similarity", (1,), (t,))})
+        engine = ExitEngine(model, policy)
+        alone = [
+            [int(engine.generate(1, **single(batch, row)).exit_depths["vision"]) for row in range(4)]
+            for batch in batches
+        ]
+        if any(len(set(of_batch)) > 1 for of_batch in alone):
+            break
+    measured = side_by_side(model, policy, Data(model), "exact_match", 1, 1, progress=False)
+    assert measured.depths["vision"].tolist() == np.concatenate(alone).tolist()
+    assert len(set(engine.generate(1, **batches[0]).exit_depths["vision"].tolist())) == 1
+
+
 def propose_part(model):
     data = Data(model)
     for batch in data.val_dataloader():
@@ -152,7 +169,7 @@ def test_methods_keep_the_promise_on_the_propose_part_and_the_next_bolder_do_not
         else:
             assert quality(policy) >= least
             assert at + 1 == len(found[method]) or quality(found[method][at + 1]) < least
-    marked = [int(name[-1]) for name, note in notes.items() if note == "boldest that kept 70.0%"]
+    marked = [int(name[-1]) for name, note in notes.items() if note == "boldest static depth that kept 70.0%"]
     kept = {k: quality(ExitPolicy({"decoder": ExitRule.static(k)})) >= least for k in (1, 2, 3, 4)}
     assert all(kept[k] and not kept.get(k - 1, False) for k in marked)
     assert f"{KEEP:.1%} of full-depth quality on {len(samples)} samples" in measured.note

@@ -48,14 +48,15 @@ _BESIDE: list[Place] = [
 ]
 """The preferred ones first."""
 
+_TURNS = [math.pi * k / 12 for k in (0, 12, 1, -1, 11, -11, 2, -2, 10, -10, 3, -3, 9, -9, 4, -4, 8, -8, 5, -5, 7, -7)]
 _FURTHER: list[Place] = [
     (far * math.cos(turn), far * math.sin(turn), "left" if math.cos(turn) >= 0 else "right", "center")
     for far in range(14, 150, 6)
-    for turn in np.pi
-    / 12
-    * np.array([0, 12, *(side * k for k in (1, 11, 2, 10, 3, 9, 4, 8, 5, 7) for side in (1, -1))])
+    for turn in _TURNS
 ]
 """The near ones first, and of those the level ones. What would leave the plot there is moved back into it."""
+
+_TRIES = 6
 
 
 def place_labels(
@@ -79,7 +80,7 @@ def place_labels(
     ends: Any = axes.transData.transform(np.array([[(a, y), (b, y)] for a, b, y in lines]).reshape(-1, 2))
     taken = np.concatenate([np.stack([spots - 4, spots + 4], 1), ends.reshape(-1, 2, 2) + np.array([[0, -1], [0, 1]])])
     texts = [_Text(axes, label, figure.dpi / 72) for label in labels]
-    for _ in texts:
+    for _ in range(_TRIES):
         lost = _search(texts, taken)
         if lost is None:
             break
@@ -127,7 +128,7 @@ class _Text:
         self.label, self._scale = label, scale
         self.found: _Found | None = None
         self.spot: Any = axes.transData.transform((label.x, label.y))
-        self._room = np.array(axes.get_window_extent().padded(2))
+        self._room = np.array(axes.get_window_extent())  # beyond it a text would move the layout
         self._text = axes.annotate(
             label.text,
             (label.x, label.y),
@@ -137,7 +138,6 @@ class _Text:
             weight="bold" if label.bold else "normal",
             annotation_clip=False,
         )
-        self._text.set_in_layout(False)  # the layout is done: what is placed by it must not move it
         self._size = np.array(self._text.get_window_extent().size)
 
     def places(self) -> Iterator[_Found]:

@@ -7,54 +7,56 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from lightning_mue.report.labels import Label, place_labels
 from lightning_mue.report.svg import BAD, GOOD, INK, LINE, MUTED, PAPER, frame
 from lightning_mue.report.table import Row, baseline
 
-_FEW = 8  # with more marks than this, lines to the 95th percentiles would hide them
 _FORMS = {"full depth": ("D", INK), "static": ("s", MUTED), "other": ("o", INK)}
-_SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0, 1.01, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0)
+_SHARES = (0.0, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0, 1.01, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0)
 
 Point = tuple[float, float]
 
 
 def draw_measured(figure: Figure, rows: Sequence[Row], quality: str, keep: float | None = None) -> None:
-    """Draw quality against median time, and a line through what nothing beats in both.
+    """Draw quality against time, and a line through what nothing beats in both.
 
-    Where there is a baseline, the share of its quality is shown, on a scale that is even within the allowed loss and
-    logarithmic beyond it: what matters from near, and nothing cut off.
+    Where there is a baseline, both are shares of its own: time as the paired ratio, quality on a scale that is even
+    within the allowed loss and logarithmic beyond it, so that what matters is seen from near and nothing is cut off.
 
     Args:
         figure: empty.
         rows: with quality and time.
         quality: what it is called.
-        keep: the share that was promised, or None.
+        keep: the share of quality that was promised, or None.
     """
-    axes, few, full = figure.subplots(), len(rows) <= _FEW, baseline(rows)
-    frame(axes, quality, "median ms per sample" + (", line to the 95th percentile" if few else ""))
-    points = [(row.p50_ms or 0.0, row.quality or 0.0) for row in rows]
-    if full is not None and full.quality:
-        points = [(x, y / full.quality - 1) for x, y in points]
-        axes.set_title(f"{quality} kept, of {full.label or full.name}", color=MUTED)
-        _scale_shares(axes, keep, [y for _, y in points])
+    axes, full = figure.subplots(), baseline(rows)
+    if full is not None and full.quality and all(row.ratio is not None for row in rows):
+        name = full.label or full.name
+        frame(axes, f"{quality} kept, of {name}", f"time ratio to {name}, ± as in the table")
+        points = [(row.ratio or 0.0, (row.quality or 0.0) / full.quality - 1) for row in rows]
+        spreads = [(row.ratio_spread or 0.0) / 2 for row in rows]
+        lines = _scale_shares(axes, keep, [y for _, y in points])
     else:
+        frame(axes, quality, "median ms per sample")
+        points, spreads, lines = [(row.p50_ms or 0.0, row.quality or 0.0) for row in rows], [0.0] * len(rows), []
         _limit_up(axes, [y for _, y in points], 0.01)
-    ends = [row.p95_ms if few and row.p95_ms is not None else x for row, (x, _) in zip(rows, points, strict=True)]
-    left, right = min(x for x, _ in points), max(ends)
+    whiskers = [(x - spread, x + spread, y) for (x, y), spread in zip(points, spreads, strict=True)]
+    left, right = min(a for a, _, _ in whiskers), max(b for _, b, _ in whiskers)
     span = max(right - left, 0.1 * right)
     axes.set_xlim(left - 0.07 * span, right + 0.07 * span)
     best = unbeaten(points)
     axes.plot([x for x, _ in best], [y for _, y in best], color=LINE, linewidth=1, zorder=1)
-    for row, (x, y), end in zip(rows, points, ends, strict=True):
-        _mark(axes, row, x, y, end)
+    for row, point, whisker in zip(rows, points, whiskers, strict=True):
+        _mark(axes, row, point, whisker)
     labels = [
         Label(row.label or row.name, x, y, GOOD if row.chosen else INK, row.chosen, optional=False)
         for row, (x, y) in zip(rows, points, strict=True)
     ]
     labels.sort(key=lambda label: (not label.bold, -len(label.text)))  # long ones find a place less easily
-    place_labels(axes, labels, points, [(x, end, y) for (x, y), end in zip(points, ends, strict=True) if end > x])
+    across = [(*axes.get_xlim(), y) for y in lines]
+    place_labels(axes, labels, points, [*across, *(whisker for whisker in whiskers if whisker[0] < whisker[1])])
 
 
 def unbeaten(points: Sequence[Point]) -> list[Point]:
@@ -66,24 +68,28 @@ def unbeaten(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def _mark(axes: Axes, row: Row, x: float, y: float, end: float) -> None:
+def _mark(axes: Axes, row: Row, point: Point, whisker: tuple[float, float, float]) -> None:
     form, color = ("o", GOOD) if row.chosen else _FORMS[row.kind]
-    axes.plot([x, end], [y, y], color=color, linewidth=1, alpha=0.35, solid_capstyle="butt")
+    left, right, y = whisker
+    axes.plot([left, right], [y, y], color=color, linewidth=1, alpha=0.5, solid_capstyle="butt")
     fill, size = (GOOD, 8.0) if row.chosen else (PAPER, 5.5)
-    axes.plot(x, y, form, color=color, markerfacecolor=fill, markersize=size, zorder=3 + row.chosen)
+    axes.plot(*point, form, color=color, markerfacecolor=fill, markersize=size, zorder=3 + row.chosen)
 
 
-def _scale_shares(axes: Axes, keep: float | None, losses: Sequence[float]) -> None:
-    """Scale the upright axis, whose values are shares kept less 1, and shade what keeps less than the promise."""
+def _scale_shares(axes: Axes, keep: float | None, losses: Sequence[float]) -> list[float]:
+    """Scale the upright axis, whose values are shares kept less 1; shade less than the promise and return its level."""
     allowed = max(1 - (keep or 0.98), 0.005)
     axes.set_yscale("symlog", linthresh=allowed, linscale=1.0)
     _limit_up(axes, [*losses, -allowed, 0.0], 0.0)
-    if keep is not None:
-        axes.axhspan(axes.get_ylim()[0], keep - 1, color=BAD, alpha=0.07, linewidth=0)
-        axes.axhline(keep - 1, color=BAD, linewidth=1)
     axes.yaxis.set_major_locator(FixedLocator([share - 1 for share in _SHARES]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 + value:.0%}"))
     axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if keep is None:
+        return []
+    axes.axhspan(axes.get_ylim()[0], keep - 1, color=BAD, alpha=0.07, linewidth=0)
+    axes.axhline(keep - 1, color=BAD, linewidth=1)
+    return [keep - 1]
 
 
 def _limit_up(axes: Axes, values: Sequence[float], least: float) -> None:

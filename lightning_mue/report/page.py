@@ -167,7 +167,7 @@ def _measured(rows: Sequence[Row], policy: ExitPolicy, quality: str | None, note
     return text + _figure(
         lambda figure, _: draw_measured(figure, plotted, quality, keep),
         "measured",
-        f"{quality} against milliseconds per sample; the numbers are in the table",
+        f"{quality} against time per sample; the numbers are in the table",
         _key(key),
         (7.2, 2.5 + high),
         (3.7, 2.5 + 1.5 * high),

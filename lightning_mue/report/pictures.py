@@ -19,6 +19,7 @@ _SCALE, _FROM, _TO = "YlGnBu", 0.1, 0.6
 order, so colour-blind readers see it too."""
 _END = "■"
 _NOTHING = "·"
+_TOGETHER = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _card(answer: ShownAnswer, num_layers: Mapping[str, int]) -> str:
         f'<li><img src="{_png(answer.picture)}" alt="the picture asked about"><div>'
         f'<p class="prompt">{escape(answer.prompt)}</p><p class="answer">{tokens}</p>'
         f'<p class="small">{verdict}; reference: {escape(" / ".join(answer.references))}</p>'
-        f'<p class="small">{escape(" · ".join(facts))}</p></div></li>'
+        f'<p class="small">{escape(" · ".join(fact.replace(" ", _TOGETHER) for fact in facts))}</p></div></li>'
     )
 
 

@@ -16,7 +16,7 @@ from lightning_mue.data import module as data_module
 class TinyProcessor:
     """Encodes with the real tokenizer; pictures are resized."""
 
-    def __init__(self, tokenizer_json, image_size, image_tokens):
+    def __init__(self, tokenizer_json, image_size, image_tokens, keep_aspect=False):
         self.tokenizer, self.image_size = Tokenizer.from_str(tokenizer_json), image_size
 
     def _pad(self, rows, value):
