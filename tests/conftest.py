@@ -1,4 +1,5 @@
 import os
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -14,3 +15,10 @@ __all__ = ["calibrated", "calibrated_once", "fitted", "fitted_once", "shards"]
 def _one_thread():
     """Tiny models gain nothing from threads, and waiting for each other on busy machines costs much."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment():
+    """Lightning's DDP leaves LOCAL_RANK behind; a process started later would wait for ranks that never come."""
+    with mock.patch.dict(os.environ):
+        yield
