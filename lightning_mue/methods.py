@@ -1,4 +1,4 @@
-"""The methods compared: each one a family of policies from safe to bold, obeyed by the same engine.
+"""The methods compared: each one a family of policies, obeyed by the same engine.
 
 What a method's own code does beside its exits (MuE's vocabulary projection after every layer, FREE's distillation) is
 not charged to it and not given to it: one model, one engine, one decoding, so that only the rule differs.
@@ -7,6 +7,8 @@ not charged to it and not given to it: one model, one engine, one decoding, so t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from lightning_mue.policy import ExitPolicy, ExitRule
 
@@ -15,18 +17,45 @@ Layers = Mapping[str, Sequence[int]]
 
 PROBABILITY = (0.999, 0.995, 0.99, 0.97, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 COSINE = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.85, 0.8, 0.7, 0.5, 0.3, 0.0, -1.0)
-"""The one dial of each method, from hardly ever to always; where it has several thresholds, they move together."""
+"""The dial of a stream, from hardly ever to always; the thresholds of its exits move together."""
 MUE_DECAY = (0.95, 1.0)
 """MuE, appendix A: beta and tau of the caption model."""
+MUE_CODE_DECAY = (0.9, 1.0)
+"""MuE's published code: beta and tau."""
 CALM_DECAY = (0.9, 4.0)
 """CALM, equation 5: beta is the paper's, tau ours."""
 STATIC = "static decoder depth"
 
 
-def families(
-    layers: Layers, num_layers: Mapping[str, int], steps: int, gates: bool = True
-) -> dict[str, list[ExitPolicy]]:
-    """Return method -> its policies from safe to bold.
+@dataclass(frozen=True)
+class Family:
+    """A method at all its settings: every stream that it leaves has a dial of its own.
+
+    Args:
+        rules: stream name -> rules from safe to bold, as many for every stream; dial ``k`` is the ``k``-th of them, and
+            at dial 0 the stream stays at full depth.
+        kv_fill: of all its policies.
+        backlog: of all its policies.
+    """
+
+    rules: Mapping[str, Sequence[ExitRule]]
+    kv_fill: str = "just-in-time"
+    backlog: int = 0
+
+    @property
+    def size(self) -> int:
+        """The boldest dial."""
+        return len(next(iter(self.rules.values())))
+
+    def policy(self, dials: Mapping[str, int] | int) -> ExitPolicy:
+        """Return the policy at some dials: stream name -> dial, or the same for all."""
+        at = dict.fromkeys(self.rules, dials) if isinstance(dials, int) else dials
+        rules = {stream: self.rules[stream][k - 1] for stream, k in at.items() if k}
+        return ExitPolicy(rules, self.kv_fill, self.backlog) if rules else ExitPolicy.full_depth()
+
+
+def families(layers: Layers, num_layers: Mapping[str, int], steps: int, gates: bool = True) -> dict[str, Family]:
+    """Return the methods by name.
 
     Args:
         layers: exits of the model.
@@ -41,78 +70,72 @@ def families(
         raise ValueError(f"The methods compared leave the decoder, and there are exits in {sorted(layers)} only.")
     decoder, last = tuple(layers["decoder"]), num_layers["decoder"]
     encoders = {stream: tuple(ks) for stream, ks in layers.items() if stream in ("encoder", "image", "text")}
+    similar = {stream: _rules("similarity", ks, COSINE) for stream, ks in encoders.items()}
+    flat = {stream: _rules("flat_similarity", ks, COSINE) for stream, ks in encoders.items()}
+    after_a_third = (MUE_CODE_DECAY, -(-steps // 3))
     patience = [ExitRule("patience", decoder, (float(k),) * len(decoder)) for k in range(len(decoder), 1, -1)]
-    protected = -(-steps // 3)
     found = {
-        STATIC: [_only(ExitRule.static(k)) for k in sorted(decoder, reverse=True)],
-        "MuE": [
-            ExitPolicy(_all(encoders, "similarity", t) | {"decoder": _rule("similarity", decoder, t, MUE_DECAY)})
-            for t in COSINE
-        ],
-        "mue-as-published": [
-            ExitPolicy(
-                _all(encoders, "flat_similarity", t)
-                | {"decoder": _rule("flat_similarity", decoder, t, (0.9, 1.0), protected)},
-                kv_fill="copy",
-            )
-            for t in COSINE
-        ],
-        "DEED": [_only(_rule("confidence", decoder, t)) for t in PROBABILITY],
-        "MuE encoder + DEED decoder": [
-            ExitPolicy(_all(encoders, "similarity", c) | {"decoder": _rule("confidence", decoder, t)})
-            for t, c in zip(PROBABILITY, COSINE, strict=True)
-        ],
-        "CALM": [
-            ExitPolicy({"decoder": _rule("margin", decoder, t, CALM_DECAY)}, kv_fill="propagate") for t in PROBABILITY
-        ],
-        "FREE": [_only(_rule("confidence", (_shallow(decoder, last),), t)) for t in PROBABILITY],
-        "patience": [_only(rule) for rule in patience],
-        "entropy": [_only(_rule("entropy", decoder, t)) for t in PROBABILITY],
-        "gate": [_only(_rule("gate", decoder, t)) for t in PROBABILITY if gates],
+        STATIC: Family({"decoder": [ExitRule.static(k) for k in sorted(decoder, reverse=True)]}),
+        "MuE": Family({"decoder": _rules("similarity", decoder, COSINE, MUE_DECAY)} | similar),
+        "mue-as-published": Family(
+            {"decoder": _rules("flat_similarity", decoder, COSINE, *after_a_third)} | flat, kv_fill="copy"
+        ),
+        "DEED": Family({"decoder": _rules("confidence", decoder)}),
+        "MuE encoder + DEED decoder": Family({"decoder": _rules("confidence", decoder)} | similar),
+        "CALM": Family({"decoder": _rules("margin", decoder, PROBABILITY, CALM_DECAY)}, kv_fill="propagate"),
+        "FREE": Family({"decoder": _rules("confidence", (_shallow(decoder, last),))}),
+        "patience": Family({"decoder": patience}),
+        "entropy": Family({"decoder": _rules("entropy", decoder)}),
+        "gate (ours)": Family({"decoder": _rules("gate", decoder) if gates else []}),
     }
     if not encoders:
         del found["MuE encoder + DEED decoder"]  # it would be DEED once more
-    return {method: family for method, family in found.items() if family}
+    return {method: family for method, family in found.items() if family.size}
 
 
-def kv_modes(decoder: Sequence[int], signal: str) -> dict[str, list[ExitPolicy]]:
-    """Return K/V mode -> policies from safe to bold that differ in nothing else."""
-    modes: dict[str, tuple[str, int]] = {
-        "just-in-time": ("just-in-time", 0),
-        "propagate": ("propagate", 0),
-        "propagate beyond 2": ("propagate", 2),
-        "propagate beyond 6": ("propagate", 6),
-        "copy": ("copy", 0),
-    }
+def kv_modes(decoder: Sequence[int], signal: str) -> dict[str, Family]:
+    """Return K/V mode -> the same rules under it."""
+    rules = {"decoder": _rules(signal, tuple(decoder))}
     return {
-        name: [ExitPolicy({"decoder": _rule(signal, tuple(decoder), t)}, *mode) for t in PROBABILITY]
-        for name, mode in modes.items()
+        "just-in-time": Family(rules),
+        "propagate": Family(rules, "propagate"),
+        "propagate beyond 2": Family(rules, "propagate", 2),
+        "propagate beyond 6": Family(rules, "propagate", 6),
+        "copy": Family(rules, "copy"),
     }
 
 
-def boldest(family: Sequence[ExitPolicy], quality_of: Callable[[ExitPolicy], float], least: float) -> ExitPolicy | None:
-    """Return the boldest policy of ``family`` (safe to bold) whose quality is at least ``least``.
+def boldest(family: Family, quality_of: Callable[[ExitPolicy], float], least: float) -> ExitPolicy:
+    """Return the boldest policy of a method whose quality is at least ``least``; full depth if none is.
 
-    Found by bisection, which takes quality to fall along the family; where chance makes it rise again, what is found
-    keeps ``least`` and the next bolder one does not. The same rule for every method, static depths included.
+    All dials go up together first; then each goes on alone, the decoder's before the others'. What is found keeps
+    ``least``, and no dial can go one further without breaking it, where quality falls along every dial. The same rule
+    for every method, static depths included.
 
     Args:
-        family: from safe to bold.
+        family: the method.
         quality_of: decodes for real, on other data than that on which the methods are then compared.
         least: quality to keep.
-
-    Returns:
-        None if the safest does not keep it, nor any bolder one that was tried.
     """
-    found: ExitPolicy | None = None
-    low, high = 0, len(family) - 1
-    while low <= high:
-        middle = (low + high) // 2
-        if quality_of(family[middle]) >= least:
-            found, low = family[middle], middle + 1
-        else:
-            high = middle - 1
-    return found
+
+    def keeps(dials: Mapping[str, int]) -> bool:
+        return quality_of(family.policy(dials)) >= least
+
+    together = last_good(family.size, lambda k: keeps(dict.fromkeys(family.rules, k)))
+    dials = dict.fromkeys(family.rules, together)
+    if len(dials) > 1:
+        for stream in sorted(dials, key=lambda name: (name != "decoder", name)):
+            dials[stream] += last_good(family.size - together, partial(_further, keeps, dials, stream))
+    return family.policy(dials)
+
+
+def last_good(count: int, good: Callable[[int], bool]) -> int:
+    """Return by bisection the greatest of 0 to ``count`` that is good, if what follows a bad one is bad; 0 is good."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if good(middle) else (low, middle - 1)
+    return low
 
 
 def in_words(policy: ExitPolicy) -> str:
@@ -137,15 +160,15 @@ def _shallow(decoder: Sequence[int], last: int) -> int:
     return min(decoder, key=lambda k: abs(k - last / 4))
 
 
-def _rule(
-    signal: str, layers: tuple[int, ...], t: float, decay: tuple[float, float] | None = None, from_step: int = 0
-) -> ExitRule:
-    return ExitRule(signal, layers, (t,) * len(layers), decay, from_step)
+def _further(keeps: Callable[[Mapping[str, int]], bool], dials: Mapping[str, int], stream: str, more: int) -> bool:
+    return keeps({**dials, stream: dials[stream] + more})
 
 
-def _all(streams: Mapping[str, tuple[int, ...]], signal: str, t: float) -> dict[str, ExitRule]:
-    return {stream: _rule(signal, layers, t) for stream, layers in streams.items()}
-
-
-def _only(decoder: ExitRule) -> ExitPolicy:
-    return ExitPolicy({"decoder": decoder})
+def _rules(
+    signal: str,
+    layers: tuple[int, ...],
+    thresholds: Sequence[float] = PROBABILITY,
+    decay: tuple[float, float] | None = None,
+    from_step: int = 0,
+) -> list[ExitRule]:
+    return [ExitRule(signal, layers, (t,) * len(layers), decay, from_step) for t in thresholds]

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_mue.answers import Answers, answer, plain_scores
 from lightning_mue.backbones import num_layers, view
 from lightning_mue.callbacks.batches import Batch, on_device, rows_of, single
 from lightning_mue.exits import attached
 from lightning_mue.inference import ExitEngine
-from lightning_mue.inference.compare import Timing, Variant, compare, engine_variant, transformers_variant
+from lightning_mue.inference.compare import Timing, compare, engine_variant, transformers_variant
 from lightning_mue.methods import STATIC, boldest, families
-from lightning_mue.metrics.answers import score
+from lightning_mue.metrics.answers import scorer
 from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.report import Row
 
@@ -92,24 +93,30 @@ def side_by_side(
         ValueError: methods are asked for, and there are no exits, there is no data to tune them, or ``policy`` has no
             certificate that says what to keep.
     """
-    judge = _Judge(model, datamodule, metric)
+    decode = partial(answer, model, data=datamodule, score=scorer(metric))
+    prefix = datamodule.answer_constraint(view(model).decode_settings(None).end_ids[0])
     with Progress(disable=not progress) as bars:
-        tuned = _tune(judge, policy, _tuning(datamodule) if tuning is None else tuning, bars) if methods else _Tuned()
+        tuned = _Tuned()
+        if methods:
+            tuned = _tune(decode, model, policy, _tuning(datamodule) if tuning is None else tuning, bars)
         batches = [on_device(batch, model) for batch in datamodule.test_dataloader()]
         policies = _policies(model, policy, tuned.policies)
         bar = bars.add_task("quality", total=_count(batches) * (1 + len(policies)))
-        plain = transformers_variant(model, None, judge.prefix_fn)
-        found = {PLAIN: _Judged(judge.quality(plain, batches, lambda n: bars.advance(bar, n)), {})}
-        for name, of_variant in policies.items():
-            found[name] = judge.decode(of_variant, batches, lambda n: bars.advance(bar, n))
+        done = partial(bars.advance, bar)
+        plain = transformers_variant(model, None, prefix)
+        plain_quality = float(plain_scores(plain, batches, datamodule, scorer(metric), done).mean())
+        found = {name: decode(p, batches, done=done) for name, p in policies.items()}
         singles = _singles(batches, timed_samples)
         bar = bars.add_task("time, one sample after the other", total=len(singles) * repeats)
-        variants = {PLAIN: plain} | {name: judge.variant(p) for name, p in policies.items()}
+        engines = {name: ExitEngine(model, p, check_fingerprint=False) for name, p in policies.items()}
+        variants = {PLAIN: plain} | {name: engine_variant(e, None, prefix) for name, e in engines.items()}
         timings = compare(variants, singles, repeats, baseline=FULL, on_done=lambda *_: bars.advance(bar))
-    rows = [_row(name, found[name], timings[name], tuned.notes.get(name, "")) for name in variants]
+    rows = [_row(PLAIN, plain_quality, {}, timings[PLAIN])]
+    for name, answers in found.items():
+        rows.append(_row(name, answers.quality, answers.mean_depths, timings[name], tuned.notes.get(name, "")))
     levels = np.array([level for batch in batches for level in batch["level"]])
     ceiling = next(row for row in rows if row.name == FIRST)
-    depths = {stream: _join(parts) for stream, parts in found[CALIBRATED].depths.items()}
+    depths = found[CALIBRATED].depths | {"decoder": found[CALIBRATED].decoder_BT}
     return SideBySide(rows, depths, levels, ceiling, tuned.policies, tuned.note)
 
 
@@ -132,55 +139,6 @@ def _static(depth: int) -> str:
 
 
 @dataclass
-class _Judged:
-    """Mean score, and stream -> depths of each batch."""
-
-    quality: float
-    depths: dict[str, list[Tensor]]
-
-
-class _Judge:
-    """Decodes data and scores the answers.
-
-    Args:
-        model: the backbone.
-        datamodule: gives the processor and the constraint to closed answers.
-        metric: scores answers.
-    """
-
-    def __init__(self, model: nn.Module, datamodule: Any, metric: str) -> None:
-        self.model, self.metric, self._processor = model, metric, datamodule.processor
-        self.prefix_fn = datamodule.answer_constraint(view(model).decode_settings(None).end_ids[0])
-
-    def variant(self, policy: ExitPolicy) -> Variant:
-        """Return what answers under a policy."""
-        return engine_variant(ExitEngine(self.model, policy, check_fingerprint=False), None, self.prefix_fn)
-
-    def decode(self, policy: ExitPolicy, batches: Iterable[Batch], done: Callable[[int], object]) -> _Judged:
-        """Decode all batches under a policy; ``done`` is told of each batch's size."""
-        engine, depths = ExitEngine(self.model, policy, check_fingerprint=False), dict[str, list[Tensor]]()
-
-        def answer(batch: Batch) -> Tensor:
-            output = engine.generate(None, self.prefix_fn, **batch)
-            for stream, depth in output.exit_depths.items():
-                depths.setdefault(stream, []).append(depth.cpu())
-            return output.sequences
-
-        # MuE's published rule judges a batch as one; its own scripts decode one sample at a time.
-        alone = any(rule.signal == "flat_similarity" for rule in policy.rules.values())
-        return _Judged(self.quality(answer, _alone(batches) if alone else batches, done), depths)
-
-    def quality(self, answer: Variant, batches: Iterable[Batch], done: Callable[[int], object]) -> float:
-        """Return the mean score of the answers to all batches."""
-        scores: list[float] = []
-        for batch in batches:
-            texts = self._processor.decode(answer(batch)[:, 1:])
-            scores += [score(self.metric, t, refs) for t, refs in zip(texts, batch["references"], strict=True)]
-            done(len(texts))
-        return float(np.mean(scores))
-
-
-@dataclass
 class _Tuned:
     """Methods of the literature: their policies, notes on rows of the table, and a note on all."""
 
@@ -189,31 +147,29 @@ class _Tuned:
     note: str = ""
 
 
-def _tune(judge: _Judge, policy: ExitPolicy, tuning: Iterable[Batch], bars: Progress) -> _Tuned:
+def _tune(
+    decode: Callable[..., Answers], model: nn.Module, policy: ExitPolicy, tuning: Iterable[Batch], bars: Progress
+) -> _Tuned:
     """Find each method's boldest setting that keeps what ``policy`` promises; of the static depths, only say which."""
-    exits, backbone = attached(judge.model), view(judge.model)
+    exits, backbone = attached(model), view(model)
     if policy.certificate is None:
         raise ValueError("`methods` are tuned to the promise of the calibrated policy; this one has no certificate.")
     if exits is None:
         raise ValueError("The methods compared need exits; call `attach_exits(model, config)` and train them.")
-    keep, batches = policy.certificate.keep, [on_device(batch, judge.model) for batch in tuning]
+    keep, batches = policy.certificate.keep, [on_device(batch, model) for batch in tuning]
     if not batches:
         raise ValueError("There is no data to tune the methods on; give `tuning`, or more calibration data.")
     steps = backbone.decode_settings(None).max_new_tokens
     methods = families(exits.layers, num_layers(backbone), steps, exits.config.gate)
     bar = bars.add_task("tuning the methods", total=len(methods))
-
-    def quality(policy: ExitPolicy) -> float:
-        return judge.decode(policy, batches, lambda _: None).quality
-
-    tuned, least = _Tuned(), keep * quality(ExitPolicy.full_depth())
+    tuned, least = _Tuned(), keep * decode(ExitPolicy.full_depth(), batches).quality
     for method, family in methods.items():
-        found = boldest(family, quality, least)
-        if method == STATIC and found is not None:
+        found = boldest(family, lambda p: decode(p, batches).quality, least)
+        if method != STATIC:
+            tuned.policies[method] = found
+            tuned.notes[method] = "" if found.rules else f"at full depth: no setting kept {keep:.1%}"
+        elif found.rules:
             tuned.notes[_static(found.rules["decoder"].layers[0])] = f"boldest static depth that kept {keep:.1%}"
-        elif method != STATIC:
-            tuned.policies[method] = found or family[0]
-            tuned.notes[method] = "" if found else f"its safest, which kept less than {keep:.1%}"
         bars.advance(bar)
     tuned.note = (
         f"Each method of the literature has the boldest setting that kept {keep:.1%} of full-depth quality on "
@@ -238,10 +194,6 @@ def _count(batches: Iterable[Batch]) -> int:
     return sum(len(batch["sample_id"]) for batch in batches)
 
 
-def _alone(batches: Iterable[Batch]) -> list[Batch]:
-    return [single(batch, row) for batch in batches for row in range(len(batch["sample_id"]))]
-
-
 def _singles(batches: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Return ``count`` samples, each as a batch of one without padding, spread evenly over the data."""
     sizes = [len(batch["sample_id"]) for batch in batches]
@@ -254,30 +206,18 @@ def _singles(batches: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return singles
 
 
-def _row(name: str, found: _Judged, timing: Timing, note: str) -> Row:
-    means = {}
-    for stream, parts in found.depths.items():
-        values = torch.cat([p.flatten() for p in parts])
-        means[stream] = float(values[values > 0].float().mean())
+def _row(name: str, quality: float, depths: dict[str, float], timing: Timing, note: str = "") -> Row:
     is_static = name.startswith(STATIC)
     return Row(
         name,
-        found.quality,
+        quality,
         timing.p50_ms,
         timing.p95_ms,
         timing.ratio,
         timing.ratio_spread,
-        means,
+        depths,
         note,
         chosen=name == CALIBRATED,
         kind="full depth" if name in (PLAIN, FULL) else "static" if is_static else "other",
         label=name.replace(STATIC, "static") if is_static else _LABELS.get(name, ""),
     )
-
-
-def _join(parts: list[Tensor]) -> np.ndarray:
-    """Join batches; decoder depths ``[B, T]`` are padded with 0 to the longest."""
-    if parts[0].ndim == 1:
-        return torch.cat(parts).numpy()
-    longest = max(p.shape[1] for p in parts)
-    return torch.cat([torch.nn.functional.pad(p, (0, longest - p.shape[1])) for p in parts]).numpy()

@@ -8,7 +8,7 @@ import torch
 
 from lightning_mue.backbones import num_layers, view
 from lightning_mue.inference import ExitEngine
-from lightning_mue.methods import STATIC, boldest, families, in_words, kv_modes
+from lightning_mue.methods import STATIC, Family, boldest, families, in_words, kv_modes, last_good
 from lightning_mue.policy import ExitPolicy, ExitRule
 from tests.zoo import exit_layers, inputs, shared
 
@@ -24,30 +24,37 @@ SIGNALS = {
     "FREE": {"decoder": "confidence"},
     "patience": {"decoder": "patience"},
     "entropy": {"decoder": "entropy"},
-    "gate": {"decoder": "gate"},
+    "gate (ours)": {"decoder": "gate"},
 }
 """What decides where: MuE and DEED, section 3 of each; CALM, section 3.5; PABEE; DeeBERT."""
+
+
+def settings(family):
+    """A method's policies from safe to bold, all dials together."""
+    return [family.policy(k) for k in range(1, family.size + 1)]
 
 
 def test_each_method_asks_its_own_signal_at_every_exit():
     assert set(FAMILIES) == {STATIC, *SIGNALS}
     for method, signals in SIGNALS.items():
-        for policy in FAMILIES[method]:
+        for policy in settings(FAMILIES[method]):
             assert {stream: rule.signal for stream, rule in policy.rules.items()} == signals
             for stream, rule in policy.rules.items():
                 assert method == "FREE" or rule.layers == LAYERS[stream]
-    assert [p.rules["decoder"].layers for p in FAMILIES[STATIC]] == [(5,), (4,), (2,), (1,)]
+    assert [p.rules["decoder"].layers for p in settings(FAMILIES[STATIC])] == [(5,), (4,), (2,), (1,)]
 
 
 def test_free_has_one_shallow_exit_after_layer_6_of_24_as_in_its_scripts():
-    for policy in families({"decoder": range(1, 24)}, {"decoder": 24}, 16)["FREE"]:
-        assert policy.rules["decoder"].layers == (6,)
-    assert families({"decoder": (2, 4, 8)}, {"decoder": 12}, 16)["FREE"][0].rules["decoder"].layers == (2,)
+    for layers, last, shallow in ((range(1, 24), 24, 6), ((2, 4, 8), 12, 2)):
+        found = families({"decoder": layers}, {"decoder": last}, 16)["FREE"]
+        assert {rule.layers for rule in found.rules["decoder"]} == {(shallow,)}
 
 
 @pytest.mark.parametrize("method", SIGNALS)
 def test_families_go_from_safe_to_bold(method):
-    dials = [tuple(t for rule in policy.rules.values() for t in rule.thresholds) for policy in FAMILIES[method]]
+    dials = [
+        tuple(t for rule in policy.rules.values() for t in rule.thresholds) for policy in settings(FAMILIES[method])
+    ]
     for safe, bold in itertools.pairwise(dials):
         assert all(s > b for s, b in zip(safe, bold, strict=True))
     if method == "patience":
@@ -58,14 +65,14 @@ def test_families_go_from_safe_to_bold(method):
 
 
 def test_only_mues_code_and_calm_make_up_keys_and_values():
-    fills = {method: {policy.kv_fill for policy in family} for method, family in FAMILIES.items()}
+    fills = {method: {policy.kv_fill for policy in settings(family)} for method, family in FAMILIES.items()}
     assert fills.pop("CALM") == {"propagate"}
     assert fills.pop("mue-as-published") == {"copy"}
     assert set.union(*fills.values()) == {"just-in-time"}
 
 
 def thresholds(method, dial, steps=16):
-    policy = next(p for p in FAMILIES[method] if p.rules["decoder"].thresholds[0] == dial)
+    policy = next(p for p in settings(FAMILIES[method]) if p.rules["decoder"].thresholds[0] == dial)
     return [policy.rules["decoder"].thresholds_at(step, steps).get(1) for step in range(steps)]
 
 
@@ -90,25 +97,25 @@ def test_calm_decays_as_in_equation_5():
 
 
 def test_what_a_model_lacks_is_left_out():
-    assert "gate" not in families(LAYERS, DEPTHS, 16, gates=False)
+    assert "gate (ours)" not in families(LAYERS, DEPTHS, 16, gates=False)
     alone = families({"decoder": (1,)}, {"decoder": 2}, 16)
     assert "patience" not in alone  # needs two exits
     assert "MuE encoder + DEED decoder" not in alone
-    assert all(set(p.rules) == {"decoder"} for p in alone["MuE"])
+    assert set(alone["MuE"].rules) == {"decoder"}
     with pytest.raises(ValueError, match=r"exits in \['encoder', 'vision'\] only"):
         families({"vision": (1,), "encoder": (2,)}, DEPTHS, 16)
 
 
 def test_kv_modes_differ_in_nothing_else():
     modes = kv_modes((1, 2), "margin")
-    assert {(p.kv_fill, p.backlog) for family in modes.values() for p in family} == {
+    assert {(p.kv_fill, p.backlog) for family in modes.values() for p in settings(family)} == {
         ("just-in-time", 0),
         ("propagate", 0),
         ("propagate", 2),
         ("propagate", 6),
         ("copy", 0),
     }
-    rules = [[p.rules for p in family] for family in modes.values()]
+    rules = [[p.rules for p in settings(family)] for family in modes.values()]
     assert all(of_mode == rules[0] for of_mode in rules)
 
 
@@ -119,47 +126,65 @@ def test_the_engine_obeys_all_and_the_boldest_leave_at_the_first_exit(name):
     static = ExitPolicy({"decoder": ExitRule.static(layers["decoder"][0])})
     expected = ExitEngine(model, static).generate(**batch).sequences
     for method, family in found.items():
-        for policy in (family[0], family[-1]):
+        for policy in (family.policy(1), family.policy(family.size)):
             depth_BT = ExitEngine(model, policy).generate(**batch).exit_depths["decoder"]
             assert depth_BT[:, :1].min() >= layers["decoder"][0]
             if method == "mue-as-published":
                 assert set(depth_BT[:, :4].flatten().tolist()) <= {0, 5}  # a third of 12 tokens
-    for method in ("DEED", "entropy", "gate"):
-        assert torch.equal(ExitEngine(model, found[method][-1]).generate(**batch).sequences, expected)
+    for method in ("DEED", "entropy", "gate (ours)"):
+        assert torch.equal(ExitEngine(model, settings(found[method])[-1]).generate(**batch).sequences, expected)
 
 
 @pytest.mark.parametrize("size", range(1, 16))
 def test_the_boldest_that_keeps_enough_in_few_decodings(size):
-    family = [ExitPolicy({"decoder": ExitRule("confidence", (1,), (1 - k / 20,))}) for k in range(size)]
-    for last_good in range(-1, size):
+    family = Family({"decoder": [ExitRule("confidence", (1,), (1 - k / 20,)) for k in range(size)]})
+    policies = [ExitPolicy.full_depth(), *settings(family)]
+    for last in range(size + 1):
         asked = []
 
-        def quality(policy, last_good=last_good, asked=asked):
+        def quality(policy, last=last, asked=asked):
             asked.append(policy)
-            return 0.9 if family.index(policy) <= last_good else 0.8
+            return 0.9 if policies.index(policy) <= last else 0.8
 
-        assert boldest(family, quality, 0.9) == (family[last_good] if last_good >= 0 else None)
+        assert boldest(family, quality, 0.9) == policies[last]
         assert len(asked) <= math.ceil(math.log2(size + 1))
 
 
 def test_where_quality_is_not_monotone_what_is_found_keeps_and_the_next_does_not():
-    family = FAMILIES["DEED"]
-    for bits in range(2**10):
-        good = [bool(bits >> (k % 10) & 1) for k in range(len(family))]
-        found = boldest(family, lambda policy, good=good: float(good[family.index(policy)]), 1.0)
-        if found is not None:
-            at = family.index(found)
-            assert good[at]
-            assert at + 1 == len(family) or not good[at + 1]
+    for bits in itertools.product((False, True), repeat=10):
+        found = last_good(10, lambda k, good=bits: good[k - 1])
+        assert found == 0 or bits[found - 1]
+        assert found == 10 or not bits[found]
+
+
+@pytest.mark.parametrize("method", ["MuE", "mue-as-published", "MuE encoder + DEED decoder"])
+def test_every_stream_has_a_dial_of_its_own(method):
+    """Against every pair of dials, one decoding each: nothing bolder in one stream alone keeps enough."""
+    family = FAMILIES[method]
+    dials = list(itertools.product(range(family.size + 1), repeat=2))
+    policies = {pair: family.policy(dict(zip(("decoder", "encoder"), pair, strict=True))) for pair in dials}
+    for decoder_costs, encoder_costs in ((1, 1), (1, 3), (5, 1), (0, 1), (100, 1), (1, 100)):
+        loss = {pair: decoder_costs * pair[0] + encoder_costs * pair[1] for pair in dials}
+
+        def quality(policy, loss=loss):
+            return -min(of_pair for pair, of_pair in loss.items() if policies[pair] == policy)
+
+        found = boldest(family, quality, -40)
+        pair = next(pair for pair in dials if policies[pair] == found)
+        assert loss[pair] <= 40
+        for more in ((1, 0), (0, 1)):
+            further = (pair[0] + more[0], pair[1] + more[1])
+            assert further not in loss or loss[further] > 40
+    assert boldest(family, lambda policy: float(not policy.rules), 1.0) == ExitPolicy.full_depth()
 
 
 def test_in_words():
-    assert in_words(FAMILIES["DEED"][4]) == "decoder: confidence >= 0.95 at 1, 2, 4, 5"
-    assert in_words(FAMILIES["mue-as-published"][7]) == (
+    assert in_words(FAMILIES["DEED"].policy(5)) == "decoder: confidence >= 0.95 at 1, 2, 4, 5"
+    assert in_words(FAMILIES["mue-as-published"].policy(8)) == (
         "decoder: flat_similarity >= 0.9 at 1, 2, 4, 5 with decay 0.9 1 from token 7; "
         "encoder: flat_similarity >= 0.9 at 2, 4; K/V: copy"
     )
     uneven = ExitPolicy({"decoder": ExitRule("gate", (1, 2, 3), (0.9, math.inf, 0.8)), "vision": ExitRule.static(2)})
     assert in_words(uneven) == "decoder: gate >= 0.9 / 0.8 at 1, 3; vision: static 2"
-    assert in_words(kv_modes((1,), "margin")["propagate beyond 2"][0]).endswith("K/V: propagate beyond 2")
+    assert in_words(kv_modes((1,), "margin")["propagate beyond 2"].policy(1)).endswith("K/V: propagate beyond 2")
     assert in_words(ExitPolicy.full_depth()) == "full depth"

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from papers.answers import answer
 from papers.signals import auroc, depth_at, rows
 from rich.progress import track
 from runs import load_run
 from targets import device, today
 
+from lightning_mue.answers import answer
 from lightning_mue.backbones import view
 from lightning_mue.files import write_text
 from lightning_mue.inference.record import record
