@@ -81,7 +81,7 @@ def side_by_side(
         model: the backbone with its exits.
         policy: the calibrated one.
         datamodule: gives the test data and the processor.
-        metric: ``exact_match`` or ``accuracy``.
+        metric: a name that ``metrics.scorer`` knows.
         timed_samples: answered one at a time by every variant in turn.
         repeats: of the timing.
         progress: draw progress bars.

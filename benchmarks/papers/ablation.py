@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gates see a shortlist of 64": {"exits.shortlist": 64},
     "shortlist and own path": {"exits.shortlist": 64, "own_path": 0.25},
     "copy-aware, 25 % of steps": {"propagate": 0.25},
+    "gates alone, own path 50 %": {"learns": "gates", "own_path": 0.5, "early_after": 0.0},
 }
 
 
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--ckpt_path", help="begin with these weights")
     parser.add_argument("--only", nargs="*", help="names of variants")
+    parser.add_argument("--also", nargs="*", default=[], help="flags of all variants: exits.shortlist=64")
     parser.add_argument("--test-batches", type=int, default=None)
     args = parser.parse_args()
     lines = []
@@ -79,7 +81,8 @@ def _train(name: str, flags: dict[str, Any], args: argparse.Namespace) -> tuple[
     given += ["--trainer.max_steps", str(args.steps), "--trainer.max_epochs", "1000"]
     given += [] if args.ckpt_path is None else ["--model.init_from", args.ckpt_path]
     begin = time.process_time()
-    run(["fit", *given, *(f"--model.{flag}={value}" for flag, value in flags.items())])
+    common = dict(flag.split("=", 1) for flag in args.also)
+    run(["fit", *given, *(f"--model.{flag}={value}" for flag, value in (common | flags).items())])
     seconds = time.process_time() - begin
     write_text(folder / "done", str(seconds))
     return folder / "last.ckpt", seconds
@@ -126,8 +129,9 @@ def _write(lines: list[str], args: argparse.Namespace) -> None:
     start = "from random weights" if args.ckpt_path is None else "from one trained model"
     text = (
         f"# {args.name}: training flags, one at a time\n\n{device()}, 1 thread, torch {torch.__version__}; {today()}. "
-        f"{args.steps} steps {start}, seed 0, {args.metric} on the test data. One run each: differences of a point "
-        f"or two may be luck.\n\n{HEADER}\n" + "\n".join(lines) + "\n"
+        f"{args.steps} steps {start}{', all with ' + ' '.join(args.also) if args.also else ''}, seed 0; {args.metric} "
+        f"{'on the test data' if args.test_batches is None else f'on {args.test_batches} batches of the test data'}. "
+        f"One run each: differences of a point or two may be luck.\n\n{HEADER}\n" + "\n".join(lines) + "\n"
     )
     write_text(Path(__file__).parents[1] / "results" / f"ablation_{args.name}_{today()}.md", text)
     print(lines[-1])

@@ -25,7 +25,7 @@ from lightning_mue.methods import PROBABILITY, in_words, kv_modes
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.side_by_side import FULL
 
-DIALS = (0.99, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
+DIALS = (0.95, 0.9, 0.8, 0.6, 0.3)
 POINTS = 5
 """Common times at which the curves are read."""
 

@@ -102,7 +102,7 @@ def certify(
     Args:
         chain: from safe to bold, fixed before this data was seen (`propose`).
         decode: runs a policy on the certify split with the engine that ships; full depth comes first.
-        metric: ``accuracy``, ``exact_match`` or ``consistency``.
+        metric: one of ``losses.METRICS``.
         keep: the fraction to keep, in (0, 1).
         confidence_level: of the promise, in (0, 1).
         seed: of the one permutation of the clusters; never the best of several.

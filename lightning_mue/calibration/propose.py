@@ -114,7 +114,7 @@ def propose(
     Args:
         trace: full-depth pass over the propose split.
         latency: measured costs.
-        metric: ``accuracy``, ``exact_match`` or ``consistency``.
+        metric: one of ``losses.METRICS``.
         keep: the fraction to keep, in (0, 1).
         confidence_level: of the promise, in (0, 1); carried along for `certify`.
         dials: dials per signal, spaced geometrically from 1/30 of the tolerance to 1/2.

@@ -75,7 +75,7 @@ class CollectTrace(L.Callback):
 
     Args:
         out: file for the merged trace, or None.
-        metric: ``exact_match``, ``accuracy`` or ``consistency``.
+        metric: one of ``calibration.losses.METRICS``.
         split: "propose" or "certify" records that part alone; None everything.
         max_new_tokens: of each answer; the generation config's if not given.
         model: attribute of the LightningModule that holds the backbone; if not given, that of MultiExitSupervision in
