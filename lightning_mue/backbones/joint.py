@@ -10,16 +10,31 @@ from lightning_mue.backbones.bart import final_norm
 from lightning_mue.backbones.stream import Inputs, Outputs, StreamState, additive_mask
 
 
-class JointEncoderStream:
+class EncoderLayers:
+    """What every stream through the encoder's layers shares.
+
+    Args:
+        model: the ``Florence2Model``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        encoder = model.language_model.encoder
+        self._model, self._layers, self._norm = model, encoder.layers, final_norm(encoder)
+        self.num_layers, self.width = len(self._layers), encoder.config.d_model
+
+    def layer(self, k: int, state: StreamState) -> Tensor:
+        """Run one encoder layer."""
+        return self._layers[k - 1](state.h_BTD, state.mask)
+
+    def epilogue(self, state: StreamState) -> Tensor:
+        """The final norm, where layers are pre-norm: the memory, or this modality's part of it."""
+        return self._norm(state.h_BTD)
+
+
+class JointEncoderStream(EncoderLayers):
     """All tokens through the encoder's layers, every one attending to every other."""
 
     name = "encoder"
-
-    def __init__(self, model: Any) -> None:
-        self._model, self._layers = model, model.language_model.encoder.layers
-        self._norm = final_norm(model.language_model.encoder)
-        self.num_layers = len(self._layers)
-        self.width = model.language_model.encoder.config.d_model
 
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
         """Splice the image features into the prompt's embeddings and add positions."""
@@ -27,14 +42,6 @@ class JointEncoderStream:
         valid = inputs.get("attention_mask")
         valid_BT = None if valid is None else valid.bool()
         return StreamState(h_BTD, valid_BT, additive_mask(valid_BT, h_BTD.dtype))
-
-    def layer(self, k: int, state: StreamState) -> Tensor:
-        """Run one encoder layer."""
-        return self._layers[k - 1](state.h_BTD, state.mask)
-
-    def epilogue(self, state: StreamState) -> Tensor:
-        """The final norm, where layers are pre-norm: the memory."""
-        return self._norm(state.h_BTD)
 
 
 def joint_embedding(model: Any, inputs: Inputs, features_BND: Tensor | None) -> Tensor:

@@ -11,37 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mue.backbones.bart import final_norm, is_prenorm
-from lightning_mue.backbones.joint import joint_embedding
+from lightning_mue.backbones.bart import is_prenorm
+from lightning_mue.backbones.joint import EncoderLayers, joint_embedding
 from lightning_mue.backbones.stream import EncoderKind, Inputs, Outputs, StreamState, additive_mask
 
 
-class ImageStream:
+class ImageStream(EncoderLayers):
     """The image tokens alone through the encoder's layers."""
 
     name = "image"
-
-    def __init__(self, model: Any) -> None:
-        self._model, self._layers = model, model.language_model.encoder.layers
-        self._norm = final_norm(model.language_model.encoder)
-        self.num_layers = len(self._layers)
-        self.width = model.language_model.encoder.config.d_model
 
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
         """Image features with their positions in the joint sequence."""
         image_BN, _ = split_modalities(inputs, self._model.config.image_token_id)
         return StreamState(_take(joint_embedding(self._model, inputs, done["vision"]), image_BN))
 
-    def layer(self, k: int, state: StreamState) -> Tensor:
-        """Run one encoder layer."""
-        return self._layers[k - 1](state.h_BTD, state.mask)
 
-    def epilogue(self, state: StreamState) -> Tensor:
-        """The final norm, where layers are pre-norm: this modality's part of the memory."""
-        return self._norm(state.h_BTD)
-
-
-class TextStream:
+class TextStream(EncoderLayers):
     """The prompt's tokens through the encoder's layers: alone, or reading the states with which the image left.
 
     Args:
@@ -52,11 +38,8 @@ class TextStream:
     name = "text"
 
     def __init__(self, model: Any, reads_image: bool) -> None:
-        self._model, self._layers = model, model.language_model.encoder.layers
-        self._norm = final_norm(model.language_model.encoder)
+        super().__init__(model)
         self._reads_image, self._prenorm = reads_image, is_prenorm(model.language_model.encoder)
-        self.num_layers = len(self._layers)
-        self.width = model.language_model.encoder.config.d_model
 
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
         """Embeddings of the prompt's tokens with their positions in the joint sequence."""
@@ -72,14 +55,10 @@ class TextStream:
     def layer(self, k: int, state: StreamState) -> Tensor:
         """Run one encoder layer."""
         if state.beside_BSD is None:
-            return self._layers[k - 1](state.h_BTD, state.mask)
+            return super().layer(k, state)
         layer, both_BSD = self._layers[k - 1], torch.cat([state.beside_BSD, state.h_BTD], 1)
         read_BSD = layer.self_attn_layer_norm(both_BSD) if self._prenorm else both_BSD
         return layer(state.h_BTD, state.mask, key_value_states=read_BSD)
-
-    def epilogue(self, state: StreamState) -> Tensor:
-        """The final norm, where layers are pre-norm: this modality's part of the memory."""
-        return self._norm(state.h_BTD)
 
 
 def modality_streams(model: Any, kind: EncoderKind) -> tuple[ImageStream, TextStream]:
