@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,7 +14,9 @@ GRID = 2.0**-20
 """Thresholds are multiples of this: exact in float32, and blind to the last bits in which two runs differ."""
 
 
-def dial_rule(trace: Trace, name: str, signal: str, gamma: float) -> ExitRule | None:
+def dial_rule(
+    trace: Trace, name: str, signal: str, gamma: float, layers: Sequence[int] | None = None
+) -> ExitRule | None:
     """Return the rule that leaves at each exit as often as harm allows; None if it could never leave.
 
     From the first exit on: the smallest observed score such that, among those that have not left before and score at
@@ -26,28 +29,35 @@ def dial_rule(trace: Trace, name: str, signal: str, gamma: float) -> ExitRule | 
         name: of the stream.
         signal: one of those the trace holds for it.
         gamma: the rate of harm allowed among those leaving, in (0, 1).
+        layers: the exits that may ask; all if not given.
     """
     stream = trace.streams[name]
     scores, harm = _rows(trace, stream, signal)
     left_in = np.ones(len(scores), dtype=bool)
-    layers, thresholds = [], []
+    asked, thresholds = [], []
     for column, layer in enumerate(stream.layers):
+        if layers is not None and layer not in layers:
+            continue
         threshold = _smallest_threshold(scores[left_in, column], harm[left_in, column], gamma)
         if threshold == math.inf:
             continue
         threshold = min(max(math.floor(threshold / GRID) * GRID, SIGNAL_RANGES[signal][0]), SIGNAL_RANGES[signal][1])
-        layers.append(layer)
+        asked.append(layer)
         thresholds.append(threshold)
         left_in &= scores[:, column] < np.asarray(threshold, dtype=scores.dtype)
-    return ExitRule(signal, tuple(layers), tuple(thresholds)) if layers else None
+    return ExitRule(signal, tuple(asked), tuple(thresholds)) if asked else None
 
 
 def stream_options(trace: Trace, name: str, gammas: np.ndarray) -> list[ExitRule | None]:
-    """Return the rules worth simulating for a stream: full depth, every static depth, every signal at every dial."""
+    """Return the rules worth simulating for a stream: full depth, every static depth, every signal at every dial.
+
+    A signal is asked at every exit, or at one alone: where asking costs much beside a layer, one exit is often better.
+    """
     stream = trace.streams[name]
     rules: list[ExitRule | None] = [None, *(ExitRule.static(layer) for layer in stream.layers)]
+    asked = dict.fromkeys([tuple(stream.layers), *((layer,) for layer in stream.layers)])
     for signal in sorted(stream.scores):
-        rules += [dial_rule(trace, name, signal, float(gamma)) for gamma in gammas]
+        rules += [dial_rule(trace, name, signal, float(gamma), layers) for layers in asked for gamma in gammas]
     return list(dict.fromkeys(rules))  # without repeats, in order
 
 

@@ -68,8 +68,13 @@ def test_a_bolder_dial_leaves_earlier(make_trace, latency):
 
 
 def test_options_hold_every_static_depth(make_trace):
-    options = stream_options(make_trace(), "vision", np.array([0.01, 0.1]))
+    trace = make_trace(n=200, seed=2, difficulty=0.6)
+    options = stream_options(trace, "vision", np.array([0.01, 0.1, 0.3]))
     assert options[0] is None
+    for signal in trace.streams["vision"].scores:  # at every exit, and at each alone
+        asked = {rule.layers for rule in options if rule and rule.signal == signal}
+        assert {(3,), (6,), (9,)} <= asked
+        assert max(map(len, asked)) > 1
     assert {ExitRule.static(k) for k in (3, 6, 9)} <= set(options)
     assert len(options) == len(set(options))
 
