@@ -21,7 +21,7 @@ from papers.bounds import interval, oracle_depths
 from papers.entry import Entry, time_all
 from papers.task import Task, arguments
 from rich.progress import track
-from targets import device, today
+from targets import device, note, today
 
 from lightning_mue.answers import Answers, plain_scores
 from lightning_mue.backbones import view
@@ -52,6 +52,7 @@ def main() -> None:
     full = replace(entries[FULL].answers, scores=scores)
     entries[PLAIN] = Entry(ExitPolicy.full_depth(), full, timing=timing)
     write(args, entries, task)
+    _note(args, entries, task)
 
 
 def _entries(task: Task, certified: str | None) -> dict[str, Entry]:
@@ -164,6 +165,23 @@ def _control(entries: dict[str, Entry], metric: str) -> str:
         f"{text} Calibrated exits against the best static depths: {ours.timing.ratio / static.timing.ratio:.3f} of the "
         f"time, {ours.answers.quality / max(best, 1e-9):.3f} ({low:.3f}-{high:.3f}) of the quality."
     )
+
+
+def _note(args: Any, entries: dict[str, Entry], task: Task) -> None:
+    """Write what was promised of the calibrated exits into ``targets.json``."""
+    full, static, ours = (entries[name] for name in (FULL, STATICS, OURS))
+    assert static.timing is not None
+    assert ours.timing is not None
+    kept = ours.answers.quality / full.answers.quality
+    over_static = ours.timing.ratio / static.timing.ratio
+    command = f"python -m papers.compare --ckpt_path CKPT --name {task.name} --metric {task.metric}"
+    where = f"{device()}, {args.threads} thread(s), torch {torch.__version__}"
+    for what, value, target, better, unit in (
+        ("kept", kept, task.keep, "higher", f"share of full-depth {task.metric}, calibrated exits"),
+        ("time_ratio", ours.timing.ratio, 1.0, "lower", "of our engine at full depth"),
+        ("over_static", over_static, 1.0, "lower", "of the best static depths' time"),
+    ):
+        note(f"{task.name}_{what}", value, target, better, unit, command, where)
 
 
 def _header(task: Task) -> str:
