@@ -1,8 +1,10 @@
 """Thresholds with a guarantee: p-values, simulation, proposal and certification. numpy and scipy only."""
 
-from lightning_mue.calibration.certify import Decoded, Provenance, Tested, certify, uncertified
+from lightning_mue.calibration.certify import Provenance, Tested, certify, uncertified
+from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.calibration.losses import METRICS, TestResult, check_promise, p_value
 from lightning_mue.calibration.propose import Candidate, Proposal, propose
+from lightning_mue.calibration.rehearse import rehearse
 from lightning_mue.calibration.sample_size import samples_needed, shortage
 from lightning_mue.calibration.simulate import Simulation, simulate
 
@@ -19,6 +21,7 @@ __all__ = [
     "check_promise",
     "p_value",
     "propose",
+    "rehearse",
     "samples_needed",
     "shortage",
     "simulate",

@@ -17,33 +17,11 @@ from typing import Any
 import numpy as np
 import scipy
 
+from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.calibration.losses import TestResult, check_promise, cluster_means, p_value
 from lightning_mue.calibration.propose import Candidate
 from lightning_mue.calibration.sample_size import samples_estimate, shortage
 from lightning_mue.policy import Certificate, ExitPolicy, chain_hash
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What one policy really produced on the certify split; the order of samples is free, repeats are dropped.
-
-    Args:
-        sample_ids: ``n`` names.
-        clusters: ``n`` names of what was drawn independently.
-        scores: metric score, ``[n]`` in [0, 1]; for ``consistency`` only reported, NaN where there are no references.
-        same: bool ``[n]``, the output equals the full-depth output.
-    """
-
-    sample_ids: Sequence[str]
-    clusters: Sequence[str]
-    scores: np.ndarray
-    same: np.ndarray
-
-    def in_order(self) -> Decoded:
-        """Return the same in order of sample id, without repeats."""
-        ids, index = np.unique(np.asarray(self.sample_ids, dtype=str), return_index=True)
-        clusters = [str(self.clusters[i]) for i in index]
-        return Decoded(ids.tolist(), clusters, np.asarray(self.scores)[index], np.asarray(self.same)[index])
 
 
 @dataclass(frozen=True)
@@ -134,7 +112,7 @@ def certify(
     )
     why = shortage(metric, keep, confidence_level, full_score_mean, distinct, distinct < len(clusters))
     if not chain:
-        why = "Simulation found no policy that is faster than full depth and within the promise, so none was tested."
+        why = "No policy that is faster than full depth kept the promise on the propose split, so none was tested."
     if why:
         return _full_depth(promise, why, provenance), []
     full = decode(ExitPolicy.full_depth()).in_order()

@@ -7,7 +7,7 @@ Pareto testing (Laufer-Goldshtein et al. 2023): search on this data, order the f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,9 @@ USED_TARGETS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.1)
 CAUTION = 1.645
 """Standard errors added to a predicted loss. Of thousands of simulated policies some look harmless by luck, because as
 many answers changed for the better as for the worse; a chain led by one of them would end at its first test."""
+
+FEWER = 6
+"""Combinations of fewer streams that are decoded beside the chain before it is fixed."""
 
 _DIGITS = 9  # risks and times that differ by less are ties
 
@@ -63,6 +66,7 @@ class Proposal:
             certify split is seen.
         frontier: candidates that no other beats in both predicted risk and ms, from safe to bold.
         statics: full depth first, then every static depth of each single stream; for the report.
+        worth_decoding: the chain, and the best of fewer streams; for `rehearse`.
         metric: of the promise.
         keep: of the promise.
         confidence_level: of the promise.
@@ -71,6 +75,7 @@ class Proposal:
     chain: list[Candidate]
     frontier: list[Candidate]
     statics: list[Candidate]
+    worth_decoding: list[Candidate]
     metric: str
     keep: float
     confidence_level: float
@@ -129,17 +134,25 @@ def propose(
         raise ValueError(f"The trace holds scores of {recorded!r}, the promise is about {metric!r}; collect it again")
     trace = Trace.merge([trace])  # in order of sample id, without repeats
     weights = ClusterMeans(trace.clusters)
+
+    def harm(outcome: StreamOutcome) -> np.ndarray:
+        """The loss that one stream adds to full depth's."""
+        return ~outcome.same if metric == "consistency" else -outcome.change / keep
+
     gammas = np.geomspace((1 - keep) / 30, 0.5, dials)
     options = {
-        name: [_option(trace, name, rule, latency, metric, weights) for rule in stream_options(trace, name, gammas)]
+        name: [_option(trace, name, rule, latency, harm, weights) for rule in stream_options(trace, name, gammas)]
         for name in sorted(trace.streams)
     }
     full, combinations = _combinations(options, survivors)
     judged = [_evaluate(trace, choice, metric, keep, weights) for choice in combinations]
     statics = [_evaluate(trace, choice, metric, keep, weights) for choice in _statics(options, full)]
-    frontier = _frontier([*judged, *statics])
-    chain = _chain(frontier, statics[0].ms)
-    return Proposal(chain, frontier, statics, metric, keep, confidence_level)
+    frontier = frontier_of([*judged, *statics])
+    chain = chain_of(frontier, statics[0].ms)
+    half = 0.5 * allowed_loss(trace, metric, keep, weights)
+    few = [_evaluate(trace, choice, metric, keep, weights) for choice in _fewer_streams(options, full, half)]
+    worth_decoding = [*chain, *(c for c in few if c.policy not in [link.policy for link in chain])]
+    return Proposal(chain, frontier, statics, worth_decoding, metric, keep, confidence_level)
 
 
 class ClusterMeans:
@@ -167,11 +180,15 @@ class ClusterMeans:
 
 
 def _option(
-    trace: Trace, name: str, rule: ExitRule | None, latency: LatencyTable, metric: str, weights: ClusterMeans
+    trace: Trace,
+    name: str,
+    rule: ExitRule | None,
+    latency: LatencyTable,
+    harm: Callable[[StreamOutcome], np.ndarray],
+    weights: ClusterMeans,
 ) -> _Option:
     outcome = simulate_stream(trace, name, rule, latency)
-    harm = ~outcome.same if metric == "consistency" else -outcome.change
-    return _Option(rule, outcome, weights.cautious(harm), float(outcome.ms.mean()))
+    return _Option(rule, outcome, weights.cautious(harm(outcome)), float(outcome.ms.mean()))
 
 
 def _combinations(
@@ -181,15 +198,42 @@ def _combinations(
 
     An option that another of its stream beats in both sums is beaten in every combination, so only frontiers multiply.
     """
-    fronts = []
-    for of_stream in options.values():
-        risk, ms = (np.round([getattr(o, what) for o in of_stream], _DIGITS) for what in ("risk", "ms"))
-        fronts.append([of_stream[i] for i in pareto(risk, ms)])
     full = {name: of_stream[0] for name, of_stream in options.items()}
-    grid = list(itertools.product(*fronts))
-    risk = np.round([sum(o.risk for o in choice) for choice in grid], _DIGITS)
-    ms = np.round([sum(o.ms for o in choice) for choice in grid], _DIGITS)
+    grid, risk, ms = _grid([_front(of_stream) for of_stream in options.values()])
     return full, [dict(zip(options, grid[i], strict=True)) for i in peel(risk, ms, survivors)]
+
+
+def _fewer_streams(
+    options: dict[str, list[_Option]], full: dict[str, _Option], risk_at_most: float
+) -> list[dict[str, _Option]]:
+    """Return, of every choice of fewer streams, the fastest combination within a risk; the fastest ``FEWER`` of these.
+
+    Where streams harm each other, the best of all streams together are not safe; these are.
+    """
+    found: list[tuple[float, dict[str, _Option]]] = []
+    for size in range(1, len(options)):
+        for names in itertools.combinations(options, size):
+            grid, risk, ms = _grid([_front(options[name]) for name in names])
+            if (within := np.flatnonzero(risk <= risk_at_most)).size:
+                best = within[np.argmin(ms[within])]
+                choice = full | dict(zip(names, grid[best], strict=True))
+                found.append((sum(option.ms for option in choice.values()), choice))
+    found.sort(key=lambda pair: pair[0])
+    return [choice for _, choice in found[:FEWER]]
+
+
+def _front(of_stream: list[_Option]) -> list[_Option]:
+    risk, ms = (np.round([getattr(o, what) for o in of_stream], _DIGITS) for what in ("risk", "ms"))
+    return [of_stream[i] for i in pareto(risk, ms)]
+
+
+def _grid(fronts: list[list[_Option]]) -> tuple[list[tuple[_Option, ...]], np.ndarray, np.ndarray]:
+    """Return all combinations with their summed risk and ms."""
+    grid = list(itertools.product(*fronts))
+    risk, ms = (
+        np.round([sum(getattr(o, what) for o in choice) for choice in grid], _DIGITS) for what in ("risk", "ms")
+    )
+    return grid, risk, ms
 
 
 def _statics(options: dict[str, list[_Option]], full: dict[str, _Option]) -> list[dict[str, _Option]]:
@@ -208,27 +252,44 @@ def _evaluate(trace: Trace, choice: dict[str, _Option], metric: str, keep: float
         same, change = same & option.outcome.same, change + option.outcome.change
         ms = ms + option.outcome.ms
     score = np.clip(trace.full_score + change, 0.0, 1.0)
-    losses = sample_losses(metric, score, trace.full_score, same, keep)
-    at_full = sample_losses(metric, trace.full_score, trace.full_score, np.ones_like(same), keep)
-    allowed = tolerance_of(metric, keep) - weights.mean(at_full)
     rules = {name: option.rule for name, option in choice.items() if option.rule is not None}
     depths = {name: _mean_depth(trace, option.outcome.depth) for name, option in choice.items()}
-    return Candidate(
-        ExitPolicy(rules, fingerprint=trace.meta.get("fingerprint")),
-        weights.mean(losses),
-        weights.cautious(losses - at_full) / max(allowed, 1e-12),
-        float(ms.mean()),
-        weights.mean(score),
-        weights.mean(same),
-        depths,
-    )
+    policy = ExitPolicy(rules, fingerprint=trace.meta.get("fingerprint"))
+    return candidate_of(policy, trace, score, same, metric, keep, weights, float(ms.mean()), depths)
+
+
+def candidate_of(
+    policy: ExitPolicy,
+    trace: Trace,
+    score: np.ndarray,
+    same: np.ndarray,
+    metric: str,
+    keep: float,
+    weights: ClusterMeans,
+    ms: float,
+    depths: dict[str, float],
+) -> Candidate:
+    """Return the candidate whose samples score so, ``[n]``, and stay the same or not, ``[n]``."""
+    losses = sample_losses(metric, score, trace.full_score, same, keep)
+    extra = losses - _losses_at_full_depth(trace, metric, keep)
+    used = weights.cautious(extra) / max(allowed_loss(trace, metric, keep, weights), 1e-12)
+    return Candidate(policy, weights.mean(losses), used, ms, weights.mean(score), weights.mean(same), depths)
+
+
+def allowed_loss(trace: Trace, metric: str, keep: float, weights: ClusterMeans) -> float:
+    """Return how much more than full depth a policy may lose."""
+    return tolerance_of(metric, keep) - weights.mean(_losses_at_full_depth(trace, metric, keep))
+
+
+def _losses_at_full_depth(trace: Trace, metric: str, keep: float) -> np.ndarray:
+    return sample_losses(metric, trace.full_score, trace.full_score, np.ones(len(trace), dtype=bool), keep)
 
 
 def _mean_depth(trace: Trace, depth: np.ndarray) -> float:
     return float(depth.mean() if depth.ndim == 1 else depth.sum() / max(1, int(trace.lengths.sum())))
 
 
-def _frontier(candidates: Sequence[Candidate]) -> list[Candidate]:
+def frontier_of(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the frontier; of equals, the one whose policy comes first as text."""
     by_text = {candidate.policy.to_json(): candidate for candidate in candidates}
     ordered = [by_text[text] for text in sorted(by_text)]
@@ -237,7 +298,7 @@ def _frontier(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [ordered[i] for i in pareto(risk, ms)]
 
 
-def _chain(frontier: Sequence[Candidate], full_ms: float) -> list[Candidate]:
+def chain_of(frontier: Sequence[Candidate], full_ms: float) -> list[Candidate]:
     """Return, for each target, the fastest candidate that uses no more than that much of the allowed loss."""
     faster = [candidate for candidate in frontier if round(candidate.ms, _DIGITS) < round(full_ms, _DIGITS)]
     chain: list[Candidate] = []

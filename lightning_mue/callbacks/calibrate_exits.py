@@ -14,6 +14,8 @@ from lightning_mue.backbones import fingerprint, view
 from lightning_mue.calibration.certify import Provenance, Tested, certify, uncertified
 from lightning_mue.calibration.losses import check_promise
 from lightning_mue.calibration.propose import Proposal, propose
+from lightning_mue.calibration.rehearse import rehearse
+from lightning_mue.calibration.sample_size import shortage
 from lightning_mue.callbacks.batch_keys import BatchKeys, Inputs, Key
 from lightning_mue.callbacks.batches import Batch, gather, in_split, rows_of, single
 from lightning_mue.callbacks.collect_trace import open_journal, record_batch
@@ -40,9 +42,10 @@ class CalibrateExits(L.Callback):
     """Chooses exit thresholds that keep a promised quality, and proves it by decoding data kept for that.
 
     In ``validate`` and ``mue calibrate``: records the *propose* part of the validation data at full depth, measures a
-    latency table, simulates all policies, fixes a chain from safe to bold, and tests it in order by decoding the
-    *certify* part. Writes ``policy.json`` beside the checkpoint. Inside ``fit`` it only simulates, on a few samples,
-    and logs (with ``fit_samples`` > 0); that policy is marked uncertified, for that data chooses the checkpoint.
+    latency table, simulates all policies, decodes the best there, fixes a chain of them from safe to bold, and tests it
+    in order by decoding the *certify* part. Writes ``policy.json`` beside the checkpoint. Inside ``fit`` it only
+    simulates, on a few samples, and logs (with ``fit_samples`` > 0); that policy is marked uncertified, for that data
+    chooses the checkpoint.
 
     Args:
         keep: fraction of the full-depth metric to keep, or for ``consistency`` of outputs to leave unchanged.
@@ -211,6 +214,10 @@ class CalibrateExits(L.Callback):
     def _certify(self, trainer: L.Trainer, model: Any, clusters: list[str]) -> ExitPolicy:
         assert self._journal is not None
         assert self.proposal is not None
+        full_score, distinct = self.proposal.full_depth.score, len(set(clusters))
+        promise = (self.metric, self.keep, self.confidence_level)
+        if not shortage(*promise, full_score, distinct, distinct < len(clusters)):
+            self.proposal = self._rehearse(trainer, model)
         self.decoder = SplitDecoder(trainer, model, self.metric, self.max_new_tokens, self._journal, self.keys)
         settings = view(model).decode_settings(self.max_new_tokens)
         closed = list(getattr(getattr(trainer, "datamodule", None), "closed_answers", None) or [])
@@ -227,11 +234,20 @@ class CalibrateExits(L.Callback):
             confidence_level=self.confidence_level,
             seed=self.seed,
             clusters=clusters,
-            full_score_mean=self.proposal.full_depth.score,
+            full_score_mean=full_score,
             provenance=provenance,
             on_tested=_announce,
         )
         return policy
+
+    def _rehearse(self, trainer: L.Trainer, model: Any) -> Proposal:
+        """Decode what simulation proposes on the data that it was proposed on."""
+        assert self._journal is not None
+        assert self.proposal is not None
+        assert self.trace is not None
+        decoder = SplitDecoder(trainer, model, self.metric, self.max_new_tokens, self._journal, self.keys, "propose")
+        decoder(ExitPolicy.full_depth())
+        return rehearse(self.proposal, self.trace, decoder)
 
     def _log_simulation(self, pl_module: L.LightningModule) -> None:
         assert self.proposal is not None

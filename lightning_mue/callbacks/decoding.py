@@ -1,4 +1,4 @@
-"""Real decoding of the certify split: what a certificate rests on."""
+"""Real decoding of a split: what a rehearsal and a certificate rest on."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import ExitPolicy
 
 FULL = ExitPolicy.full_depth()
+_DOING = {"propose": "rehearsing", "certify": "decoding"}
 
 
 class SplitDecoder:
-    """Decodes a policy on this rank's batches of the certify split with the engine that ships, and gathers all ranks'.
+    """Decodes a policy on this rank's batches of one split with the engine that ships, and gathers all ranks'.
 
-    Results go through the journal, so that an interrupted certification goes on where it was.
+    Results go through the journal, so that an interrupted calibration goes on where it was.
 
     Args:
         trainer: whose validation data is decoded.
@@ -45,12 +46,20 @@ class SplitDecoder:
         max_new_tokens: of each answer.
         journal: keeps what was decoded.
         keys: of the batches.
+        split: ``propose`` or ``certify``.
     """
 
     def __init__(
-        self, trainer: L.Trainer, model: Any, metric: str, max_new_tokens: int | None, journal: Journal, keys: BatchKeys
+        self,
+        trainer: L.Trainer,
+        model: Any,
+        metric: str,
+        max_new_tokens: int | None,
+        journal: Journal,
+        keys: BatchKeys,
+        split: str = "certify",
     ) -> None:
-        self._trainer, self._model, self._metric = trainer, model, metric
+        self._trainer, self._model, self._metric, self._split = trainer, model, metric, split
         self._max_new_tokens, self._journal, self._keys = max_new_tokens, journal, keys
         backbone = view(model)
         self._wanted, settings = backbone.generate_inputs, backbone.decode_settings(max_new_tokens)
@@ -63,14 +72,14 @@ class SplitDecoder:
         words = policy.depths_in_words()
         batches = track(
             self._batches(),
-            description=f"decoding: {words[:60]}",
+            description=f"{_DOING[self._split]}: {words[:60]}",
             total=sum(self._trainer.num_val_batches),
             disable=not (self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None),
         )
         mine: list[dict[str, Any]] = []
         for batch in batches:
             batch = self._keys.read(batch, self._wanted)
-            batch = rows_of(batch, in_split(self._trainer, batch, "certify"))
+            batch = rows_of(batch, in_split(self._trainer, batch, self._split))
             if batch["sample_id"]:
                 parts = [policy.to_json(), content(batch)]
                 mine.append(self._journal.piece("decoded", parts, partial(self._decode, engine, batch)))

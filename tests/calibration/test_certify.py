@@ -104,7 +104,7 @@ def test_too_few_clusters_decodes_nothing():
 
 def test_nothing_to_test_and_nothing_to_keep():
     policy, _ = run([], Engine([], []))
-    assert "no policy that is faster" in policy.certificate.note
+    assert "No policy that is faster" in policy.certificate.note
     policy, _ = run(candidates(1), Engine([], []), "accuracy", full_score_mean=0.0)
     assert "scores 0 in accuracy" in policy.certificate.note
 
