@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning_mue.data.scenes import write_scenes
 from lightning_mue.quickstart import EVAL_MIX, SIZE, TRAIN_MIX
 
-PICTURES = {"train": 24_000, "val": 4_000, "test": 1_500}
+PICTURES = {"train": 24_000, "val": 6_000, "test": 1_500}
 
 
 def write(folder: str | Path, seed: int = 0) -> Path:
