@@ -34,7 +34,12 @@ from lightning_mue.trace import Trace
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as the recipe": {},
-    "plain: last exit only, full streams": {"exits.decoder": "[]", "early_probability": 0.0},
+    "plain: last exit only, full streams": {
+        "exits.decoder": "[]",
+        "exits.shortlist": 0,
+        "early_probability": 0.0,
+        "own_path": 0.0,
+    },
     "sum (MuE)": {"weighting": "sum"},
     "linear, depth-rising (CALM)": {"weighting": "linear"},
     "distilled, weight 0.5": {"distill": 0.5},
@@ -43,7 +48,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no adapters": {"exits.adapter": "none"},
     "linear adapters": {"exits.adapter": "linear"},
     "gates without class balance": {"gate_balance": False},
+    "gates on references alone": {"own_path": 0.0},
     "gates on own path, 25 % of steps": {"own_path": 0.25},
+    "gates see no shortlist": {"exits.shortlist": 0},
     "gates see a shortlist of 64": {"exits.shortlist": 64},
     "shortlist and own path": {"exits.shortlist": 64, "own_path": 0.25},
     "copy-aware, 25 % of steps": {"propagate": 0.25},

@@ -59,7 +59,7 @@ class Task:
         module, data = load_run(args.ckpt_path, **changed)
         data.setup("test")
         layers = {stream: list(ks) for stream, ks in module.exits.layers.items()}
-        tuning, test = list(data.val_dataloader()), list(data.test_dataloader())
+        tuning, test = list(data.val_dataloader()), list(data.test_dataloader())[: args.test_batches]
         return cls(args.name, args.metric, args.keep, module.model, data, layers, tuning, test)
 
     @cached_property
@@ -120,6 +120,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--metric", default="exact_match")
     parser.add_argument("--keep", type=float, default=0.98)
     parser.add_argument("--tuning-samples", type=int, default=None, help="at most; all calibration data if not given")
+    parser.add_argument("--test-batches", type=int, default=None, help="at most; all test data if not given")
     parser.add_argument("--timed-samples", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
