@@ -124,14 +124,16 @@ def answer(
 
 def _layers_saved(depths: Mapping[str, Sequence[Tensor]], layers: Mapping[str, int]) -> float:
     """Return 1 - layers run / layers, of encoder and decoder together, each token counting its sample's encoder."""
-    stack = [stream for stream in layers if stream not in ("vision", "decoder")]
+    encoders = [stream for stream in layers if stream not in ("vision", "decoder")]
+    last = layers["decoder"] + (layers[encoders[0]] if encoders else 0)
     run = tokens = 0.0
     for k, depth_BT in enumerate(depths["decoder"]):
         length_B = (depth_BT > 0).sum(1)
-        encoder_B = torch.stack([depths[stream][k] for stream in stack]).float().mean(0)
-        run += float((length_B * encoder_B).sum() + depth_BT.sum())
+        run += float(depth_BT.sum())
+        if encoders:
+            run += float((length_B * torch.stack([depths[stream][k] for stream in encoders]).float().mean(0)).sum())
         tokens += float(length_B.sum())
-    return 1 - run / tokens / (layers[stack[0]] + layers["decoder"])
+    return 1 - run / tokens / last
 
 
 def plain_scores(

@@ -42,6 +42,13 @@ class Family:
     kv_fill: str = "just-in-time"
     backlog: int = 0
 
+    def __post_init__(self) -> None:
+        if (
+            len(sizes := {stream: len(rules) for stream, rules in self.rules.items()}) == 0
+            or len(set(sizes.values())) > 1
+        ):
+            raise ValueError(f"A family needs streams with as many rules each, got {sizes}")
+
     @property
     def size(self) -> int:
         """The boldest dial."""

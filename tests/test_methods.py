@@ -157,6 +157,12 @@ def test_where_quality_is_not_monotone_what_is_found_keeps_and_the_next_does_not
         assert found == 10 or not bits[found]
 
 
+def test_streams_of_a_family_need_as_many_rules_each():
+    rule = ExitRule.static(1)
+    with pytest.raises(ValueError, match=r"as many rules each, got \{'decoder': 2, 'encoder': 1\}"):
+        Family({"decoder": [rule, rule], "encoder": [rule]})
+
+
 @pytest.mark.parametrize("method", ["MuE", "mue-as-published", "MuE encoder + DEED decoder"])
 def test_every_stream_has_a_dial_of_its_own(method):
     """Against every pair of dials, one decoding each: nothing bolder in one stream alone keeps enough."""

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import scipy
 
+from lightning_mue.calibration.candidates import Candidate
 from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.calibration.losses import TestResult, check_promise, cluster_means, p_value
-from lightning_mue.calibration.propose import Candidate
 from lightning_mue.calibration.sample_size import samples_estimate, shortage
 from lightning_mue.policy import Certificate, ExitPolicy, chain_hash
 

@@ -7,54 +7,22 @@ Pareto testing (Laufer-Goldshtein et al. 2023): search on this data, order the f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_mue.calibration.candidates import DIGITS, Candidate, ClusterMeans, Judge, chain_of, frontier_of
 from lightning_mue.calibration.dials import stream_options
 from lightning_mue.calibration.frontier import pareto, peel
-from lightning_mue.calibration.losses import check_promise, sample_losses, tolerance_of
+from lightning_mue.calibration.losses import check_promise
 from lightning_mue.calibration.simulate import StreamOutcome, simulate_stream
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy, ExitRule, chain_hash
 from lightning_mue.trace import Trace
 
-USED_TARGETS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.1)
-"""Where the chain's links lie, as fractions of the allowed loss: the first almost surely passes, the last fails."""
-
-CAUTION = 1.645
-"""Standard errors added to a predicted loss. Of thousands of simulated policies some look harmless by luck, because as
-many answers changed for the better as for the worse; a chain led by one of them would end at its first test."""
-
 FEWER = 6
 """Combinations of fewer streams that are decoded beside the chain before it is fixed."""
-
-_DIGITS = 9  # risks and times that differ by less are ties
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A policy and what simulation predicts of it.
-
-    Args:
-        policy: with the fingerprint of the trace, without a certificate.
-        risk: predicted mean loss over clusters, the number that will be tested.
-        used: the part of the allowed loss it uses, ``CAUTION`` standard errors added: 0 at full depth, 1 where the
-            promise is only just kept.
-        ms: predicted milliseconds per sample.
-        score: predicted mean metric score over clusters.
-        same: predicted fraction of outputs identical to full depth, over clusters.
-        depths: stream name -> mean exit depth (decoder: over steps).
-    """
-
-    policy: ExitPolicy
-    risk: float
-    used: float
-    ms: float
-    score: float
-    same: float
-    depths: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -133,7 +101,7 @@ def propose(
     if metric != "consistency" and recorded != metric:
         raise ValueError(f"The trace holds scores of {recorded!r}, the promise is about {metric!r}; collect it again")
     trace = Trace.merge([trace])  # in order of sample id, without repeats
-    weights = ClusterMeans(trace.clusters)
+    judge = Judge(trace, metric, keep)
 
     def harm(outcome: StreamOutcome) -> np.ndarray:
         """The loss that one stream adds to full depth's."""
@@ -141,42 +109,17 @@ def propose(
 
     gammas = np.geomspace((1 - keep) / 30, 0.5, dials)
     options = {
-        name: [_option(trace, name, rule, latency, harm, weights) for rule in stream_options(trace, name, gammas)]
+        name: [_option(trace, name, rule, latency, harm, judge.weights) for rule in stream_options(trace, name, gammas)]
         for name in sorted(trace.streams)
     }
     full, combinations = _combinations(options, survivors)
-    judged = [_evaluate(trace, choice, metric, keep, weights) for choice in combinations]
-    statics = [_evaluate(trace, choice, metric, keep, weights) for choice in _statics(options, full)]
+    judged = [_evaluate(trace, choice, judge) for choice in combinations]
+    statics = [_evaluate(trace, choice, judge) for choice in _statics(options, full)]
     frontier = frontier_of([*judged, *statics])
     chain = chain_of(frontier, statics[0].ms)
-    half = 0.5 * allowed_loss(trace, metric, keep, weights)
-    few = [_evaluate(trace, choice, metric, keep, weights) for choice in _fewer_streams(options, full, half)]
+    few = [_evaluate(trace, choice, judge) for choice in _fewer_streams(options, full, 0.5 * judge.allowed)]
     worth_decoding = [*chain, *(c for c in few if c.policy not in [link.policy for link in chain])]
     return Proposal(chain, frontier, statics, worth_decoding, metric, keep, confidence_level)
-
-
-class ClusterMeans:
-    """Means over clusters and their standard errors, for one set of samples.
-
-    Args:
-        clusters: name of each sample's cluster, ``n`` of them.
-    """
-
-    def __init__(self, clusters: Sequence[str]) -> None:
-        _, self._index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-        self._sizes = np.bincount(self._index)
-
-    def mean(self, values: np.ndarray) -> float:
-        """Return the mean of the cluster means of ``values``, ``[n]``."""
-        return float(self._means(values).mean())
-
-    def cautious(self, values: np.ndarray) -> float:
-        """Return the mean plus ``CAUTION`` standard errors."""
-        means = self._means(values)
-        return float(means.mean() + CAUTION * means.std() / np.sqrt(len(means)))
-
-    def _means(self, values: np.ndarray) -> np.ndarray:
-        return np.bincount(self._index, weights=values) / self._sizes
 
 
 def _option(
@@ -210,10 +153,11 @@ def _fewer_streams(
 
     Where streams harm each other, the best of all streams together are not safe; these are.
     """
+    fronts = {name: [o for o in _front(of_stream) if o.rule is not None] for name, of_stream in options.items()}
     found: list[tuple[float, dict[str, _Option]]] = []
     for size in range(1, len(options)):
-        for names in itertools.combinations(options, size):
-            grid, risk, ms = _grid([_front(options[name]) for name in names])
+        for names in itertools.combinations([name for name, front in fronts.items() if front], size):
+            grid, risk, ms = _grid([fronts[name] for name in names])
             if (within := np.flatnonzero(risk <= risk_at_most)).size:
                 best = within[np.argmin(ms[within])]
                 choice = full | dict(zip(names, grid[best], strict=True))
@@ -223,16 +167,14 @@ def _fewer_streams(
 
 
 def _front(of_stream: list[_Option]) -> list[_Option]:
-    risk, ms = (np.round([getattr(o, what) for o in of_stream], _DIGITS) for what in ("risk", "ms"))
+    risk, ms = (np.round([getattr(o, what) for o in of_stream], DIGITS) for what in ("risk", "ms"))
     return [of_stream[i] for i in pareto(risk, ms)]
 
 
 def _grid(fronts: list[list[_Option]]) -> tuple[list[tuple[_Option, ...]], np.ndarray, np.ndarray]:
     """Return all combinations with their summed risk and ms."""
     grid = list(itertools.product(*fronts))
-    risk, ms = (
-        np.round([sum(getattr(o, what) for o in choice) for choice in grid], _DIGITS) for what in ("risk", "ms")
-    )
+    risk, ms = (np.round([sum(getattr(o, what) for o in choice) for choice in grid], DIGITS) for what in ("risk", "ms"))
     return grid, risk, ms
 
 
@@ -244,7 +186,7 @@ def _statics(options: dict[str, list[_Option]], full: dict[str, _Option]) -> lis
     return choices
 
 
-def _evaluate(trace: Trace, choice: dict[str, _Option], metric: str, keep: float, weights: ClusterMeans) -> Candidate:
+def _evaluate(trace: Trace, choice: dict[str, _Option], judge: Judge) -> Candidate:
     """Return the candidate with the risk of its actual outcomes, sample by sample (as `simulate` joins them)."""
     same = np.ones(len(trace), dtype=bool)
     change, ms = np.zeros(len(trace)), np.zeros(len(trace))
@@ -255,55 +197,8 @@ def _evaluate(trace: Trace, choice: dict[str, _Option], metric: str, keep: float
     rules = {name: option.rule for name, option in choice.items() if option.rule is not None}
     depths = {name: _mean_depth(trace, option.outcome.depth) for name, option in choice.items()}
     policy = ExitPolicy(rules, fingerprint=trace.meta.get("fingerprint"))
-    return candidate_of(policy, trace, score, same, metric, keep, weights, float(ms.mean()), depths)
-
-
-def candidate_of(
-    policy: ExitPolicy,
-    trace: Trace,
-    score: np.ndarray,
-    same: np.ndarray,
-    metric: str,
-    keep: float,
-    weights: ClusterMeans,
-    ms: float,
-    depths: dict[str, float],
-) -> Candidate:
-    """Return the candidate whose samples score so, ``[n]``, and stay the same or not, ``[n]``."""
-    losses = sample_losses(metric, score, trace.full_score, same, keep)
-    extra = losses - _losses_at_full_depth(trace, metric, keep)
-    used = weights.cautious(extra) / max(allowed_loss(trace, metric, keep, weights), 1e-12)
-    return Candidate(policy, weights.mean(losses), used, ms, weights.mean(score), weights.mean(same), depths)
-
-
-def allowed_loss(trace: Trace, metric: str, keep: float, weights: ClusterMeans) -> float:
-    """Return how much more than full depth a policy may lose."""
-    return tolerance_of(metric, keep) - weights.mean(_losses_at_full_depth(trace, metric, keep))
-
-
-def _losses_at_full_depth(trace: Trace, metric: str, keep: float) -> np.ndarray:
-    return sample_losses(metric, trace.full_score, trace.full_score, np.ones(len(trace), dtype=bool), keep)
+    return judge.candidate(policy, score, same, float(ms.mean()), depths)
 
 
 def _mean_depth(trace: Trace, depth: np.ndarray) -> float:
     return float(depth.mean() if depth.ndim == 1 else depth.sum() / max(1, int(trace.lengths.sum())))
-
-
-def frontier_of(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the frontier; of equals, the one whose policy comes first as text."""
-    by_text = {candidate.policy.to_json(): candidate for candidate in candidates}
-    ordered = [by_text[text] for text in sorted(by_text)]
-    risk = np.round([candidate.used for candidate in ordered], _DIGITS)
-    ms = np.round([candidate.ms for candidate in ordered], _DIGITS)
-    return [ordered[i] for i in pareto(risk, ms)]
-
-
-def chain_of(frontier: Sequence[Candidate], full_ms: float) -> list[Candidate]:
-    """Return, for each target, the fastest candidate that uses no more than that much of the allowed loss."""
-    faster = [candidate for candidate in frontier if round(candidate.ms, _DIGITS) < round(full_ms, _DIGITS)]
-    chain: list[Candidate] = []
-    for target in USED_TARGETS:
-        within = [candidate for candidate in faster if candidate.used <= target]
-        if within and within[-1] not in chain:
-            chain.append(within[-1])
-    return chain

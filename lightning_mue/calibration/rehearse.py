@@ -5,25 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from lightning_mue.calibration.candidates import Candidate, Judge, chain_of, frontier_of
 from lightning_mue.calibration.decoded import Decoded
-from lightning_mue.calibration.propose import (
-    Candidate,
-    ClusterMeans,
-    Proposal,
-    candidate_of,
-    chain_of,
-    frontier_of,
-)
+from lightning_mue.calibration.propose import Proposal
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.trace import Trace
 
 
 def rehearse(proposal: Proposal, trace: Trace, decode: Callable[[ExitPolicy], Decoded]) -> Proposal:
-    """Return the proposal with a chain made of what its candidates really did on the propose split.
+    """Return the proposal with chain and frontier made of what its candidates really did on the propose split.
 
     Simulation adds up the effects of streams, each tried alone. Together they may do more harm: a decoder that leaves
-    early reads an early picture worse. A chain led by such a policy would end at its first test. Times stay those that
-    simulation predicts.
+    early reads an early picture worse. A chain led by such a policy would end at its first test. Times and depths stay
+    those that simulation predicts: a decoder that would leave later on an early picture costs more than they say.
 
     Args:
         proposal: of `propose`.
@@ -34,7 +28,7 @@ def rehearse(proposal: Proposal, trace: Trace, decode: Callable[[ExitPolicy], De
         ValueError: a policy was decoded on other samples than the trace's.
     """
     trace = Trace.merge([trace])
-    weights = ClusterMeans(trace.clusters)
+    judge = Judge(trace, proposal.metric, proposal.keep)
 
     def measured(candidate: Candidate) -> Candidate:
         found = decode(candidate.policy).in_order()
@@ -43,17 +37,7 @@ def rehearse(proposal: Proposal, trace: Trace, decode: Callable[[ExitPolicy], De
                 f"Policy {candidate.policy.depths_in_words()!r} must be decoded on the {len(trace)} samples of the "
                 f"trace, in which it was simulated; got {len(found.sample_ids)} samples, or others"
             )
-        return candidate_of(
-            candidate.policy,
-            trace,
-            found.scores,
-            found.same,
-            proposal.metric,
-            proposal.keep,
-            weights,
-            candidate.ms,
-            candidate.depths,
-        )
+        return judge.candidate(candidate.policy, found.scores, found.same, candidate.ms, candidate.depths)
 
     frontier = frontier_of([proposal.full_depth, *map(measured, proposal.worth_decoding)])
-    return replace(proposal, chain=chain_of(frontier, proposal.full_depth.ms))
+    return replace(proposal, chain=chain_of(frontier, proposal.full_depth.ms), frontier=frontier)

@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import track
 
 from lightning_mue.backbones import view
-from lightning_mue.calibration.certify import Decoded
+from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import (
     Batch,
@@ -46,7 +46,7 @@ class SplitDecoder:
         max_new_tokens: of each answer.
         journal: keeps what was decoded.
         keys: of the batches.
-        split: ``propose`` or ``certify``.
+        split: ``certify``, or ``propose``: the rest.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class SplitDecoder:
         mine: list[dict[str, Any]] = []
         for batch in batches:
             batch = self._keys.read(batch, self._wanted)
-            batch = rows_of(batch, in_split(self._trainer, batch, self._split))
+            certifies = in_split(self._trainer, batch, "certify")
+            batch = rows_of(batch, [c == (self._split == "certify") for c in certifies])
             if batch["sample_id"]:
                 parts = [policy.to_json(), content(batch)]
                 mine.append(self._journal.piece("decoded", parts, partial(self._decode, engine, batch)))

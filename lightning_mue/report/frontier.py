@@ -1,4 +1,4 @@
-"""The plot of what could be had: predicted loss against predicted time."""
+"""The plot of what could be had: loss against predicted time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BEYOND = 2.0  # so much of the allowed loss is shown; what uses more is marked 
 def draw_frontier(figure: Figure, proposal: Proposal, tests: Sequence[Tested], policy: ExitPolicy) -> None:
     """Draw every candidate: how much of the allowed loss it uses against its predicted time.
 
-    Hollow marks are predicted; filled ones, joined to them, were measured on the certify split.
+    Hollow marks are of the propose split; filled ones, joined to them, were measured on the certify split.
 
     Args:
         figure: empty.

@@ -197,8 +197,8 @@ def _frontier(proposal: Proposal, tests: Sequence[Tested], policy: ExitPolicy) -
     )
     caption = (
         "Left is faster, low is closer to the full-depth model; at 100% the promise is only just kept. "
-        f"{tested} A mark joined to another shows how far the prediction was off. "
-        "Thin line: the best of all candidates."
+        f"{tested} A mark joined to another shows how far the data that proposed was off. "
+        "Thin line: the best of those decoded there."
     )
     figure = _figure(
         lambda figure, _: draw_frontier(figure, proposal, tests, policy),

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lightning_mue.calibration.certify import Decoded, Provenance, certify, split_hash, uncertified
-from lightning_mue.calibration.propose import Candidate
+from lightning_mue.calibration.candidates import Candidate
+from lightning_mue.calibration.certify import Provenance, certify, split_hash, uncertified
+from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.policy import ExitPolicy, ExitRule, chain_hash
 
 IDS = [f"s{i:05d}" for i in range(1000)]

@@ -3,10 +3,11 @@ import itertools
 import numpy as np
 import pytest
 
+from lightning_mue.calibration.candidates import CAUTION
 from lightning_mue.calibration.dials import GRID, dial_rule, stream_options
 from lightning_mue.calibration.frontier import pareto, peel
 from lightning_mue.calibration.losses import p_value
-from lightning_mue.calibration.propose import CAUTION, propose
+from lightning_mue.calibration.propose import propose
 from lightning_mue.calibration.simulate import simulate
 from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.trace import Trace

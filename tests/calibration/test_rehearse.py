@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lightning_mue.calibration import Decoded, p_value, propose, rehearse, simulate
+from lightning_mue.calibration.candidates import CAUTION
 from lightning_mue.calibration.dials import stream_options
-from lightning_mue.calibration.propose import CAUTION
 from lightning_mue.policy import ExitPolicy
 
 KEEP = 0.9
@@ -92,3 +92,14 @@ def test_other_samples_are_refused(trace, latency):
     one = Decoded(["other"], ["other"], np.ones(1), np.ones(1, dtype=bool))
     with pytest.raises(ValueError, match="decoded on the 600 samples of the trace"):
         rehearse(proposal, trace, lambda policy: one)
+
+
+def test_no_combination_is_worth_decoding_twice(make_trace, latency):
+    """Where only the decoder may leave, every choice of streams comes down to that."""
+    trace = make_trace(n=600, clusters=200)
+    for name in ("vision", "encoder"):
+        trace.streams[name].score_at[:] = 0.0
+        trace.streams[name].same_at[:] = False
+    found = [c.policy for c in propose(trace, latency, "accuracy", KEEP, 0.95).worth_decoding]
+    assert len({policy.to_json() for policy in found}) == len(found)
+    assert all(policy.rules for policy in found)

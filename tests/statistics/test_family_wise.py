@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from lightning_mue.calibration.certify import Decoded, certify
-from lightning_mue.calibration.propose import Candidate
+from lightning_mue.calibration.candidates import Candidate
+from lightning_mue.calibration.certify import certify
+from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.policy import ExitPolicy, ExitRule
 
 
