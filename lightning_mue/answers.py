@@ -136,17 +136,18 @@ def _layers_saved(depths: Mapping[str, Sequence[Tensor]], layers: Mapping[str, i
     return 1 - run / tokens / last
 
 
-def plain_scores(
+def plain_answers(
     answer_batch: Variant,
     batches: Iterable[Batch],
     data: Any,
     score: Scorer,
     done: Callable[[int], object] = lambda size: None,
-) -> np.ndarray:
-    """Return the scores of what another engine answers."""
-    scores = list[float]()
+) -> tuple[np.ndarray, list[str]]:
+    """Return the scores and the texts of what another engine answers."""
+    scores, texts = list[float](), list[str]()
     for batch in batches:
-        texts = data.processor.decode(answer_batch(batch)[:, 1:])
-        scores += [score(text, refs) for text, refs in zip(texts, batch["references"], strict=True)]
-        done(len(texts))
-    return np.array(scores)
+        said = data.processor.decode(answer_batch(batch)[:, 1:])
+        scores += [score(text, refs) for text, refs in zip(said, batch["references"], strict=True)]
+        texts += said
+        done(len(said))
+    return np.array(scores), texts

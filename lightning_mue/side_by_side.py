@@ -14,7 +14,7 @@ import numpy as np
 from rich.progress import Progress
 from torch import nn
 
-from lightning_mue.answers import Answers, answer, plain_scores
+from lightning_mue.answers import Answers, answer, plain_answers
 from lightning_mue.backbones import num_layers, view
 from lightning_mue.callbacks.batches import Batch, on_device, rows_of, single
 from lightning_mue.exits import attached
@@ -104,7 +104,7 @@ def side_by_side(
         bar = bars.add_task("quality", total=_count(batches) * (1 + len(policies)))
         done = partial(bars.advance, bar)
         plain = transformers_variant(model, None, prefix)
-        plain_quality = float(plain_scores(plain, batches, datamodule, scorer(metric), done).mean())
+        plain_quality = float(plain_answers(plain, batches, datamodule, scorer(metric), done)[0].mean())
         found = {name: decode(p, batches, done=done) for name, p in policies.items()}
         singles = _singles(batches, timed_samples)
         bar = bars.add_task("time, one sample after the other", total=len(singles) * repeats)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lightning_mue.answers import answer, plain_scores
+from lightning_mue.answers import answer, plain_answers
 from lightning_mue.backbones import num_layers, view
 from lightning_mue.callbacks.batches import single
 from lightning_mue.inference import ExitEngine
@@ -75,5 +75,5 @@ def test_depths_are_replayed():
     streams = ExitPolicy({s: r for s, r in policy.rules.items() if s != "decoder"})
     again = answer(model, streams, batches("florence2"), DATA, length, first.by_row)
     assert (again.texts, again.by_row) == (first.texts, first.by_row)
-    plain = plain_scores(engine_variant(ExitEngine(model, policy)), batches("florence2"), DATA, length)
-    assert plain.tolist() == first.scores.tolist()
+    scores, texts = plain_answers(engine_variant(ExitEngine(model, policy)), batches("florence2"), DATA, length)
+    assert (scores.tolist(), texts) == (first.scores.tolist(), first.texts)

@@ -11,6 +11,7 @@ Writes ``benchmarks/results/ablation_<name>_<date>.md``.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -82,16 +83,20 @@ def main() -> None:
 
 def _train(name: str, flags: dict[str, Any], args: argparse.Namespace) -> tuple[Path, float | None]:
     folder = Path(args.runs) / "".join(c if c.isalnum() else "_" for c in name)
-    if (folder / "done").exists():
-        return folder / "last.ckpt", float((folder / "done").read_text())
     given = ["-c", args.recipe, "--data.train", args.data, "--trainer.default_root_dir", str(folder)]
     given += ["--trainer.max_steps", str(args.steps), "--trainer.max_epochs", "1000"]
     given += [] if args.ckpt_path is None else ["--model.init_from", args.ckpt_path]
-    begin = time.process_time()
     common = dict(flag.split("=", 1) for flag in args.also)
-    run(["fit", *given, *(f"--model.{flag}={value}" for flag, value in (common | flags).items())])
+    given += [f"--model.{flag}={value}" for flag, value in (common | flags).items()]
+    if (done := folder / "done.json").exists():
+        made = json.loads(done.read_text())
+        if made["given"] == given:
+            return folder / "last.ckpt", made["seconds"]
+        raise SystemExit(f"{folder} holds a run of other settings; give another `--runs`")
+    begin = time.process_time()
+    run(["fit", *given])
     seconds = time.process_time() - begin
-    write_text(folder / "done", str(seconds))
+    write_text(done, json.dumps({"given": given, "seconds": seconds}))
     return folder / "last.ckpt", seconds
 
 

@@ -18,26 +18,27 @@ from typing import Any
 
 import torch
 from papers.bounds import interval, oracle_depths
-from papers.entry import Entry, time_all
-from papers.task import Task, arguments
+from papers.entry import Entry, head_to_head, time_all
+from papers.task import Task, arguments, command
 from rich.progress import track
 from targets import device, note, today
 
-from lightning_mue.answers import Answers, plain_scores
+from lightning_mue.answers import Answers, plain_answers
 from lightning_mue.backbones import view
-from lightning_mue.calibration import propose
+from lightning_mue.calibration import propose, rehearse
 from lightning_mue.calibration.simulate import simulate_stream
 from lightning_mue.exits import attached
 from lightning_mue.files import write_text
+from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.compare import transformers_variant
 from lightning_mue.methods import STATIC, boldest, families, in_words, last_good
 from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.side_by_side import FIRST, FULL, PLAIN, first_exits
 
-OURS = "calibrated exits"
+CERTIFIED, PROPOSED = "calibrated exits", "proposed exits (not certified)"
 STATICS = "best static depths of all streams"
 ORACLE = "decoder oracle: first exit that agrees"
-IDEAL = "calibrated exits' decoder depths, K/V copied, no signal"
+IDEAL = "ideal cost: our exits' depths, asking nothing and copying K/V (other tokens)"
 
 
 def main() -> None:
@@ -48,9 +49,11 @@ def main() -> None:
     entries = _entries(task, args.policy)
     plain = transformers_variant(task.model, None, task.prefix)
     timing = time_all(task, entries, FULL, args, {PLAIN: plain})[PLAIN]
-    scores = plain_scores(plain, task.test, task.data, task.score)
-    full = replace(entries[FULL].answers, scores=scores)
+    scores, texts = plain_answers(plain, task.test, task.data, task.score)
+    full = replace(entries[FULL].answers, scores=scores, texts=texts)
     entries[PLAIN] = Entry(ExitPolicy.full_depth(), full, timing=timing)
+    ours = entries[_ours(entries)]
+    ours.head_to_head = head_to_head(task, ours.policy, entries[STATICS].policy, args)
     write(args, entries, task)
     _note(args, entries, task)
 
@@ -66,14 +69,29 @@ def _entries(task: Task, certified: str | None) -> dict[str, Entry]:
     for name, family in track(methods.items(), "tuning the methods"):
         if name != STATIC:
             found[name] = boldest(family, task.tuning_quality, task.least)
-    found[OURS] = _proposed(task) if certified is None else ExitPolicy.load(certified)
+    ours = PROPOSED if certified is None else CERTIFIED
+    found[ours] = _proposed(task) if certified is None else _certified(task, certified)
     entries = {name: Entry(policy, task.decode(policy)) for name, policy in track(found.items(), "test data")}
     for name, policy in found.items():
         if name in methods and not policy.rules:
             entries[name].note = f"no setting kept {task.keep:.0%} on the tuning data"
-    if certificate := found[OURS].certificate:
-        entries[OURS].note = f"{certificate.kind}: keeps {certificate.keep:.0%} of {certificate.metric}"
-    return entries | _lower_bounds(task, found[OURS], entries[OURS].answers)
+    if certificate := found[ours].certificate:
+        entries[ours].note = f"{certificate.kind}: keeps {certificate.keep:.0%} of {certificate.metric}"
+    return entries | _lower_bounds(task, found[ours], entries[ours].answers)
+
+
+def _ours(entries: dict[str, Entry]) -> str:
+    return CERTIFIED if CERTIFIED in entries else PROPOSED
+
+
+def _certified(task: Task, path: str) -> ExitPolicy:
+    """Return the policy of a file, if it is for these weights and this promise."""
+    policy = ExitPolicy.load(path)
+    ExitEngine(task.model, policy)  # refuses other weights
+    certificate = policy.certificate
+    if certificate is None or (certificate.metric, certificate.keep) != (task.metric, task.keep):
+        raise SystemExit(f"{path} promises {certificate}; asked was {task.keep} of {task.metric}.")
+    return policy
 
 
 def _statics(task: Task) -> ExitPolicy:
@@ -91,9 +109,10 @@ def _statics(task: Task) -> ExitPolicy:
 
 
 def _proposed(task: Task) -> ExitPolicy:
-    """Return the boldest of the calibrator's chain for the tuning data that keeps enough on it."""
+    """Return the boldest link of the chain, as the calibrator proposes and rehearses it, that keeps enough."""
     metric = "consistency" if task.metric == "cider" else task.metric
-    links = [c.policy for c in propose(task.trace, task.latency, metric, task.keep, 0.95).chain]
+    proposal = rehearse(propose(task.trace, task.latency, metric, task.keep, 0.95), task.trace, task.rehearsed)
+    links = [c.policy for c in proposal.chain]
     chosen = last_good(len(links), lambda k: task.tuning_quality(links[k - 1]) >= task.least)
     return links[chosen - 1] if chosen else ExitPolicy.full_depth()
 
@@ -122,11 +141,13 @@ def write(args: Any, entries: dict[str, Entry], task: Task) -> None:
     text = (
         f"# {task.name}: methods of the papers\n\n{device()}, {args.threads} thread(s), torch {torch.__version__}; "
         f"{today()}. Layers at full depth: {task.last}. Quality on {len(full.scores)} test samples of "
-        f"{len(set(full.clusters))} sources; 95 % interval of the share kept by drawing sources again. Each method at "
-        f"the boldest setting that kept {task.keep:.0%} on {sum(len(b['sample_id']) for b in task.tuning)} tuning "
-        f"samples. Time: batch 1, {args.timed_samples} samples, {args.repeats} repeats, all in turn: medians; ratio to "
-        "our engine at full depth, paired. The parts (means, signals of the decoder being part of its ms) are of one "
-        f"further pass over the same samples. {_remarks(task)}\n\n"
+        f"{len(set(full.clusters))} sources; 95 % interval of the share kept by drawing sources again. Every method "
+        f"and the static depths at the boldest setting that kept {task.keep:.0%} on "
+        f"{sum(len(b['sample_id']) for b in task.tuning)} tuning samples; calibrated exits as certified on all of the "
+        f"calibration data. Time: batch 1, {args.timed_samples} samples, {args.repeats} repeats, all in turn: medians; "
+        "ratio to our engine at full depth, paired, ± half the interquartile range of the repeats. The parts (means, "
+        "signals of the decoder being part of its ms) are of one further pass over the same samples. "
+        f"{_remarks(task)}\n\n"
         + "\n".join(lines)
         + f"\n\n{_control(entries, task.metric)}\n\nSettings:\n\n"
         + "\n".join(f"* {name}: {_setting(entry)}" for name, entry in order)
@@ -157,31 +178,36 @@ def _control(entries: dict[str, Entry], metric: str) -> str:
     kept = first / full if full else float("nan")
     text = f"Control: everything at its first exit keeps {kept:.1%} of full-depth {metric}"
     text += " - depth hardly matters here, and no saving is credited to exits." if kept >= 0.99 else "."
-    ours, static = entries[OURS], entries[STATICS]
-    assert ours.timing is not None
-    assert static.timing is not None
+    ours, static = entries[_ours(entries)], entries[STATICS]
+    paired = ours.head_to_head
+    assert paired is not None
     low, high = interval(ours.answers.scores, static.answers.scores, static.answers.clusters)
     return (
-        f"{text} Calibrated exits against the best static depths: {ours.timing.ratio / static.timing.ratio:.3f} of the "
-        f"time, {ours.answers.quality / max(best, 1e-9):.3f} ({low:.3f}-{high:.3f}) of the quality."
+        f"{text} {_ours(entries).capitalize()} against the best static depths, alone and paired, in three times the "
+        f"repeats: {paired.ratio:.3f} ± {(paired.ratio_spread or 0) / 2:.3f} of the time, "
+        f"{ours.answers.quality / max(best, 1e-9):.3f} ({low:.3f}-{high:.3f}) of the quality."
     )
 
 
 def _note(args: Any, entries: dict[str, Entry], task: Task) -> None:
-    """Write what was promised of the calibrated exits into ``targets.json``."""
-    full, static, ours = (entries[name] for name in (FULL, STATICS, OURS))
-    assert static.timing is not None
+    """Write what was promised of the exits into ``targets.json``."""
+    full, ours = entries[FULL], entries[_ours(entries)]
     assert ours.timing is not None
-    kept = ours.answers.quality / full.answers.quality
-    over_static = ours.timing.ratio / static.timing.ratio
-    command = f"python -m papers.compare --ckpt_path CKPT --name {task.name} --metric {task.metric}"
+    assert ours.head_to_head is not None
     where = f"{device()}, {args.threads} thread(s), torch {torch.__version__}"
     for what, value, target, better, unit in (
-        ("kept", kept, task.keep, "higher", f"share of full-depth {task.metric}, calibrated exits"),
+        (
+            "kept",
+            ours.answers.quality / full.answers.quality,
+            task.keep,
+            "higher",
+            f"share of full-depth {task.metric}",
+        ),
         ("time_ratio", ours.timing.ratio, 1.0, "lower", "of our engine at full depth"),
-        ("over_static", over_static, 1.0, "lower", "of the best static depths' time"),
+        ("over_static", ours.head_to_head.ratio, 1.0, "lower", "of the best static depths' time"),
     ):
-        note(f"{task.name}_{what}", value, target, better, unit, command, where)
+        unit = f"{unit}, {_ours(entries)}"
+        note(f"{task.name}_{what}", value, target, better, unit, command(args, "papers.compare"), where)
 
 
 def _header(task: Task) -> str:
@@ -195,7 +221,7 @@ def _header(task: Task) -> str:
 def _line(name: str, entry: Entry, full: Answers, layers: dict) -> str:
     found, timing = entry.answers, entry.timing
     low, high = interval(found.scores, full.scores, full.clusters)
-    depths = " | ".join(f"{found.mean_depths[s]:.2f}" for s in layers)
+    depths = " | ".join("-" if name == PLAIN else f"{found.mean_depths[s]:.2f}" for s in layers)
     parts = entry.parts or {}
     cells = [f"{parts[p]:.2f}" if p in parts else "-" for p in ("encoder", "decoder", "signals")]
     assert timing is not None
@@ -209,7 +235,8 @@ def _line(name: str, entry: Entry, full: Answers, layers: dict) -> str:
 
 
 def _setting(entry: Entry) -> str:
-    return in_words(entry.policy) + (f" ({entry.note})" if entry.note else "")
+    replayed = ", decoder depths replayed" if entry.forced else ""
+    return in_words(entry.policy) + replayed + (f" ({entry.note})" if entry.note else "")
 
 
 def _figures(entries: dict[str, Entry], full: Answers) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Entry:
         forced: batch -> row -> depths replayed.
         note: said of it below the table.
         timing: at batch 1.
+        head_to_head: timing against one rival alone.
         parts: mean milliseconds of encoder side, decoder, and the signals among the decoder's.
     """
 
@@ -36,6 +37,7 @@ class Entry:
     note: str = ""
     timing: Timing | None = None
     parts: dict[str, float] | None = None
+    head_to_head: Timing | None = None
 
 
 def time_all(
@@ -48,14 +50,34 @@ def time_all(
     """
     samples = _samples(task.test, args.timed_samples)
     engines = {name: ExitEngine(task.model, e.policy, check_fingerprint=False) for name, e in entries.items()}
-    variants = others | {name: _variant(e, entries[name].forced, task.prefix) for name, e in engines.items()}
-    with Progress() as bars:
-        bar = bars.add_task("time, one sample after the other", total=len(samples) * args.repeats)
-        timings = compare(variants, samples, args.repeats, baseline=baseline, on_done=lambda *_: bars.advance(bar))
+    first = {_key(e): name for name, e in reversed(entries.items())}  # one timing for one policy
+    variants = {
+        n: _variant(engines[n], entries[n].forced, task.prefix) for n in entries if first[_key(entries[n])] == n
+    }
+    timings = _compare(others | variants, samples, args.repeats, baseline)
     for name, entry in entries.items():
-        entry.timing = timings[name]
+        entry.timing = timings[first[_key(entry)]]
         entry.parts = _parts(engines[name], entry.forced, samples, task.prefix)
     return {name: timings[name] for name in others}
+
+
+def head_to_head(task: Task, ours: ExitPolicy, rival: ExitPolicy, args: Any) -> Timing:
+    """Return how ``ours`` fares against ``rival`` alone, paired on the same samples, in three times the repeats."""
+    policies = {"rival": rival, "ours": ours}
+    variants = {
+        n: _variant(ExitEngine(task.model, p, check_fingerprint=False), None, task.prefix) for n, p in policies.items()
+    }
+    return _compare(variants, _samples(task.test, args.timed_samples), 3 * args.repeats, "rival")["ours"]
+
+
+def _compare(variants: dict[str, Variant], samples: list[Batch], repeats: int, baseline: str) -> dict[str, Timing]:
+    with Progress() as bars:
+        bar = bars.add_task("time, one sample after the other", total=len(samples) * repeats)
+        return compare(variants, samples, repeats, baseline=baseline, on_done=lambda *_: bars.advance(bar))
+
+
+def _key(entry: Entry) -> tuple[str, int]:
+    return ExitPolicy(entry.policy.rules, entry.policy.kv_fill, entry.policy.backlog).to_json(), id(entry.forced)
 
 
 def _samples(batches: list[Batch], count: int) -> list[Batch]:

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import track
 from runs import load_run
@@ -15,6 +16,7 @@ from torch import nn
 
 from lightning_mue.answers import Answers, Scorer, answer
 from lightning_mue.backbones import num_layers, view
+from lightning_mue.calibration import Decoded
 from lightning_mue.callbacks.batches import Batch, single
 from lightning_mue.inference.profile import measure_latency
 from lightning_mue.inference.record import record
@@ -60,6 +62,11 @@ class Task:
         data.setup("test")
         layers = {stream: list(ks) for stream, ks in module.exits.layers.items()}
         tuning, test = list(data.val_dataloader()), list(data.test_dataloader())[: args.test_batches]
+        if shared := _clusters(tuning) & _clusters(test):
+            raise SystemExit(
+                f"{len(shared)} sources are in both tuning and test data, such as {min(shared)}; give test shards, or "
+                "a `holdout` of the training data to tune on."
+            )
         return cls(args.name, args.metric, args.keep, module.model, data, layers, tuning, test)
 
     @cached_property
@@ -96,10 +103,21 @@ class Task:
         """Return the quality on the tuning data, decoded for real."""
         return answer(self.model, policy, self.tuning, self.data, self.score).quality
 
+    def rehearsed(self, policy: ExitPolicy) -> Decoded:
+        """Decode the tuning data, as the calibrator does to make its chain."""
+        found = answer(self.model, policy, self.tuning, self.data, self.score)
+        ids = [name for batch in self.tuning for name in batch["sample_id"]]
+        same = np.array([a == b for a, b in zip(found.texts, self._full.texts, strict=True)])
+        return Decoded(ids, found.clusters, found.scores, same)
+
+    @cached_property
+    def _full(self) -> Answers:
+        return answer(self.model, ExitPolicy.full_depth(), self.tuning, self.data, self.score)
+
     @cached_property
     def least(self) -> float:
         """The quality on the tuning data that every method has to keep."""
-        return self.keep * self.tuning_quality(ExitPolicy.full_depth())
+        return self.keep * self._full.quality
 
     def _record(self, batch: Batch) -> Trace:
         return record(
@@ -109,6 +127,18 @@ class Task:
     def _scores(self, batch: Batch, sequences: torch.Tensor) -> list[float]:
         texts = self.data.processor.decode(sequences[:, 1:])
         return [self.score(text, refs) for text, refs in zip(texts, batch["references"], strict=True)]
+
+
+def command(args: argparse.Namespace, module: str) -> str:
+    """Return the command line that measures this again, without the names of folders here."""
+    hidden = {"ckpt_path": "CKPT", "data": "SHARDS", "policy": "POLICY"}
+    given = {name: hidden.get(name, value) for name, value in vars(args).items() if value is not None}
+    words = (f"--{n if n == 'ckpt_path' else n.replace('_', '-')} {v}" for n, v in given.items())
+    return " ".join([f"python -m {module}", *words])
+
+
+def _clusters(batches: list[Batch]) -> set[str]:
+    return {cluster for batch in batches for cluster in batch["cluster"]}
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

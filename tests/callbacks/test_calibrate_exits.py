@@ -4,6 +4,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mue import CalibrateExits, ExitEngine, ExitPolicy
+from lightning_mue.calibration import propose, rehearse
 from lightning_mue.callbacks import decoding
 
 from .conftest import SAMPLES, TOKENS
@@ -108,3 +109,25 @@ def test_data_that_may_have_chosen_the_checkpoint_is_named(module, make_loader, 
     make_trainer(callback).validate(module, make_loader(), verbose=False)
     assert "selection_reused" in callback.policy.certificate.note  # a foreign loader says nothing of its history
     assert callback.policy.certificate.decode["precision"] == "float32"
+
+
+def test_the_chain_is_rehearsed_before_any_other_sample_is_decoded(module, make_loader, make_trainer, monkeypatch):
+    """First the samples of the trace alone, then the others; the chain tested is the one that rehearsing gives."""
+    decoded = []
+    plain = decoding.SplitDecoder._decode
+    monkeypatch.setattr(decoding.SplitDecoder, "_decode", lambda *a: decoded.append(a[2]["sample_id"]) or plain(*a))
+    callback = calibrate(keep=0.05)
+    trainer = make_trainer(callback)
+    trainer.validate(module, make_loader(), verbose=False)
+    proposed = set(callback.trace.sample_ids)
+    uses = [bool(proposed & set(names)) for names in decoded]
+    assert uses == sorted(uses, reverse=True)
+    assert any(uses)
+    assert not all(uses)
+    simulated = propose(callback.trace, callback.latency, callback.metric, 0.05, 0.95)
+    decoder = decoding.SplitDecoder(
+        trainer, module.model, callback.metric, None, callback._journal, callback.keys, "propose"
+    )
+    decoder(ExitPolicy.full_depth())
+    again = rehearse(simulated, callback.trace, decoder)
+    assert callback.policy.certificate.chain_hash == again.chain_hash
