@@ -110,7 +110,7 @@ def _statics(task: Task) -> ExitPolicy:
 
 def _proposed(task: Task) -> ExitPolicy:
     """Return the boldest link of the chain, as the calibrator proposes and rehearses it, that keeps enough."""
-    metric = "consistency" if task.metric == "cider" else task.metric
+    metric = "consistency" if task.tune_by == "outputs" or task.metric == "cider" else task.metric
     proposal = rehearse(propose(task.trace, task.latency, metric, task.keep, 0.95), task.trace, task.rehearsed)
     links = [c.policy for c in proposal.chain]
     chosen = last_good(len(links), lambda k: task.tuning_quality(links[k - 1]) >= task.least)
@@ -142,7 +142,7 @@ def write(args: Any, entries: dict[str, Entry], task: Task) -> None:
         f"# {task.name}: methods of the papers\n\n{device()}, {args.threads} thread(s), torch {torch.__version__}; "
         f"{today()}. Layers at full depth: {task.last}. Quality on {len(full.scores)} test samples of "
         f"{len(set(full.clusters))} sources; 95 % interval of the share kept by drawing sources again. Every method "
-        f"and the static depths at the boldest setting that kept {task.keep:.0%} on "
+        f"and the static depths at the boldest setting that kept {task.keep:.0%} of {task.tune_by} on "
         f"{sum(len(b['sample_id']) for b in task.tuning)} tuning samples; calibrated exits as certified on all of the "
         f"calibration data. Time: batch 1, {args.timed_samples} samples, {args.repeats} repeats, all in turn: medians; "
         "ratio to our engine at full depth, paired, ± half the interquartile range of the repeats. The parts (means, "

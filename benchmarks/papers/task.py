@@ -33,7 +33,8 @@ class Task:
     Args:
         name: of the task, in file names and titles.
         metric: scores answers.
-        keep: share of full-depth quality that every method has to keep on the tuning data.
+        keep: what every method has to keep on the tuning data: the share of full-depth quality, or of its very outputs.
+        tune_by: ``quality`` or ``outputs``; where quality is a matter of taste, few samples cannot see a drop in it.
         model: the backbone with its exits.
         data: the datamodule.
         layers: stream name -> exit layers.
@@ -44,6 +45,7 @@ class Task:
     name: str
     metric: str
     keep: float
+    tune_by: str
     model: nn.Module
     data: Any
     layers: dict[str, list[int]]
@@ -67,7 +69,7 @@ class Task:
                 f"{len(shared)} sources are in both tuning and test data, such as {min(shared)}; give test shards, or "
                 "a `holdout` of the training data to tune on."
             )
-        return cls(args.name, args.metric, args.keep, module.model, data, layers, tuning, test)
+        return cls(args.name, args.metric, args.keep, args.tune_by, module.model, data, layers, tuning, test)
 
     @cached_property
     def score(self) -> Scorer:
@@ -100,8 +102,9 @@ class Task:
         return answer(self.model, policy, self.test, self.data, self.score, forced)
 
     def tuning_quality(self, policy: ExitPolicy) -> float:
-        """Return the quality on the tuning data, decoded for real."""
-        return answer(self.model, policy, self.tuning, self.data, self.score).quality
+        """Return what has to be kept on the tuning data, decoded for real."""
+        found = answer(self.model, policy, self.tuning, self.data, self.score)
+        return found.quality if self.tune_by == "quality" else found.same(self._full)
 
     def rehearsed(self, policy: ExitPolicy) -> Decoded:
         """Decode the tuning data, as the calibrator does to make its chain."""
@@ -116,8 +119,8 @@ class Task:
 
     @cached_property
     def least(self) -> float:
-        """The quality on the tuning data that every method has to keep."""
-        return self.keep * self._full.quality
+        """The least that every method has to keep on the tuning data."""
+        return self.keep * (self._full.quality if self.tune_by == "quality" else 1.0)
 
     def _record(self, batch: Batch) -> Trace:
         return record(
@@ -149,6 +152,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--data", help="the shards, if they lie elsewhere than in training")
     parser.add_argument("--metric", default="exact_match")
     parser.add_argument("--keep", type=float, default=0.98)
+    parser.add_argument("--tune-by", choices=["quality", "outputs"], default="quality")
     parser.add_argument("--tuning-samples", type=int, default=None, help="at most; all calibration data if not given")
     parser.add_argument("--test-batches", type=int, default=None, help="at most; all test data if not given")
     parser.add_argument("--timed-samples", type=int, default=60)
