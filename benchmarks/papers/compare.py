@@ -58,7 +58,7 @@ def main() -> None:
     _note(args, entries, task)
 
 
-def _entries(task: Task, certified: str | None) -> dict[str, Entry]:
+def _entries(task: Task, path: str | None) -> dict[str, Entry]:
     """Tune every method and decode the test data with it."""
     decoder = task.layers["decoder"]
     found = {FULL: ExitPolicy.full_depth(), FIRST: first_exits(task.model)}
@@ -69,8 +69,8 @@ def _entries(task: Task, certified: str | None) -> dict[str, Entry]:
     for name, family in track(methods.items(), "tuning the methods"):
         if name != STATIC:
             found[name] = boldest(family, task.tuning_quality, task.least)
-    ours = PROPOSED if certified is None else CERTIFIED
-    found[ours] = _proposed(task) if certified is None else _certified(task, certified)
+    ours = PROPOSED if path is None else CERTIFIED
+    found[ours] = _proposed(task) if path is None else certified(task, path)
     entries = {name: Entry(policy, task.decode(policy)) for name, policy in track(found.items(), "test data")}
     for name, policy in found.items():
         if name in methods and not policy.rules:
@@ -84,7 +84,7 @@ def _ours(entries: dict[str, Entry]) -> str:
     return CERTIFIED if CERTIFIED in entries else PROPOSED
 
 
-def _certified(task: Task, path: str) -> ExitPolicy:
+def certified(task: Task, path: str) -> ExitPolicy:
     """Return the policy of a file, if it is for these weights and this promise."""
     policy = ExitPolicy.load(path)
     ExitEngine(task.model, policy)  # refuses other weights
@@ -96,16 +96,18 @@ def _certified(task: Task, path: str) -> ExitPolicy:
 
 def _statics(task: Task) -> ExitPolicy:
     """Return the cheapest combination of static depths, of all streams, that keeps enough on the tuning data."""
+    return next(p for p in static_combinations(task) if not p.rules or task.tuning_quality(p) >= task.least)
+
+
+def static_combinations(task: Task) -> list[ExitPolicy]:
+    """Return all combinations of static depths, full depth among them, from cheap to dear by the latency table."""
     options = []
     for stream, layers in task.layers.items():
         rules = [None, *(ExitRule.static(k) for k in layers)]
         costs = [simulate_stream(task.trace, stream, rule, task.latency).ms.mean() for rule in rules]
         options.append([(cost, stream, rule) for cost, rule in zip(costs, rules, strict=True)])
-    for choice in sorted(itertools.product(*options), key=lambda c: sum(cost for cost, _, _ in c)):
-        policy = ExitPolicy({stream: rule for _, stream, rule in choice if rule is not None})
-        if not policy.rules or task.tuning_quality(policy) >= task.least:
-            return policy
-    raise AssertionError("full depth is among the combinations")
+    choices = sorted(itertools.product(*options), key=lambda choice: sum(cost for cost, _, _ in choice))
+    return [ExitPolicy({stream: rule for _, stream, rule in choice if rule is not None}) for choice in choices]
 
 
 def _proposed(task: Task) -> ExitPolicy:
