@@ -30,8 +30,8 @@ class Candidate:
     Args:
         policy: with the fingerprint of the trace, without a certificate.
         risk: mean loss over clusters, the number that will be tested.
-        used: the part of the allowed loss it uses, ``CAUTION`` standard errors added: 0 at full depth, 1 where the
-            promise is only just kept.
+        used: the part of the allowed loss it uses, gains not counted, ``CAUTION`` standard errors added: 0 at full
+            depth, 1 where the promise is only just kept.
         ms: predicted milliseconds per sample.
         score: mean metric score over clusters.
         same: fraction of outputs identical to full depth, over clusters.
@@ -63,9 +63,9 @@ class ClusterMeans:
         return float(self._means(values).mean())
 
     def cautious(self, values: np.ndarray) -> float:
-        """Return the mean plus ``CAUTION`` standard errors."""
+        """Return the mean, but no gain, plus ``CAUTION`` standard errors: of many policies the best gains are luck."""
         means = self._means(values)
-        return float(means.mean() + CAUTION * means.std() / np.sqrt(len(means)))
+        return float(max(means.mean(), 0.0) + CAUTION * means.std() / np.sqrt(len(means)))
 
     def _means(self, values: np.ndarray) -> np.ndarray:
         return np.bincount(self._index, weights=values) / self._sizes

@@ -33,7 +33,7 @@ def half_used(trace, policy, latency):
     found = simulate(trace, policy, latency)
     drop = trace.full_score - found.score
     drops = [drop[np.array(trace.clusters) == c].mean() for c in sorted(set(trace.clusters))]
-    cautious = np.mean(drops) + CAUTION * np.std(drops) / np.sqrt(len(drops))
+    cautious = max(np.mean(drops), 0) + CAUTION * np.std(drops) / np.sqrt(len(drops))
     full = np.mean([trace.full_score[np.array(trace.clusters) == c].mean() for c in sorted(set(trace.clusters))])
     return cautious / ((1 - KEEP) * full)
 
