@@ -14,9 +14,8 @@ from lightning_mue.backbones import num_layers
 from lightning_mue.callbacks.batches import Batch, single
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.compare import Variant
+from lightning_mue.metrics.answers import Score
 from lightning_mue.policy import ExitPolicy
-
-Scorer = Callable[[str, Sequence[str]], float]
 
 
 @dataclass
@@ -76,7 +75,7 @@ def answer(
     policy: ExitPolicy,
     batches: Iterable[Batch],
     data: Any,
-    score: Scorer,
+    score: Score,
     forced: Sequence[Sequence[Sequence[int]]] | None = None,
     done: Callable[[int], object] = lambda size: None,
 ) -> Answers:
@@ -140,7 +139,7 @@ def plain_answers(
     answer_batch: Variant,
     batches: Iterable[Batch],
     data: Any,
-    score: Scorer,
+    score: Score,
     done: Callable[[int], object] = lambda size: None,
 ) -> tuple[np.ndarray, list[str]]:
     """Return the scores and the texts of what another engine answers."""

@@ -14,7 +14,7 @@ from rich.progress import track
 from runs import load_run
 from torch import nn
 
-from lightning_mue.answers import Answers, Scorer, answer
+from lightning_mue.answers import Answers, answer
 from lightning_mue.backbones import num_layers, view
 from lightning_mue.calibration import Decoded
 from lightning_mue.callbacks.batches import Batch, single
@@ -22,6 +22,7 @@ from lightning_mue.inference.profile import measure_latency
 from lightning_mue.inference.record import record
 from lightning_mue.latency import LatencyTable
 from lightning_mue.metrics import DocumentFrequencies, scorer
+from lightning_mue.metrics.answers import Score
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.trace import Trace
 
@@ -72,7 +73,7 @@ class Task:
         return cls(args.name, args.metric, args.keep, args.tune_by, module.model, data, layers, tuning, test)
 
     @cached_property
-    def score(self) -> Scorer:
+    def score(self) -> Score:
         """Scores one answer; CIDEr-D by the document frequencies of all references here."""
         references = [refs for batch in (*self.test, *self.tuning) for refs in batch["references"]]
         return scorer(self.metric, DocumentFrequencies.from_references(references) if self.metric == "cider" else None)
