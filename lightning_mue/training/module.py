@@ -42,6 +42,7 @@ class MultiExitModule(L.LightningModule):
         backbone: a folder or hub name, a config as a mapping with ``model_type`` (random weights), or a module.
         exits: which layers become exits.
         learning_rate: peak of AdamW's; warms up linearly, then falls along a cosine to 0.
+        gate_learning_rate: the same for the gates, which are small, begin from nothing and disturb nobody.
         weight_decay: of AdamW, on matrices.
         warmup_steps: of the learning rate.
         weighting: of the decoder exits' losses: ``avg+last`` (DEED), ``sum`` (MuE), ``linear`` (CALM).
@@ -68,6 +69,7 @@ class MultiExitModule(L.LightningModule):
         backbone: str | dict[str, Any] | nn.Module,
         exits: ExitConfig | dict[str, Any],
         learning_rate: float = 5e-4,
+        gate_learning_rate: float = 3e-3,
         weight_decay: float = 0.01,
         warmup_steps: int = 100,
         weighting: Weighting = "avg+last",
@@ -183,12 +185,14 @@ class MultiExitModule(L.LightningModule):
         ]
 
     def configure_optimizers(self) -> Any:
-        """AdamW; decay on matrices alone; linear warm-up and cosine."""
-        decayed = [p for p in self.parameters() if p.ndim >= 2 and p.requires_grad]
-        others = [p for p in self.parameters() if p.ndim < 2 and p.requires_grad]
+        """AdamW; decay on the matrices but the gates'; linear warm-up and cosine."""
+        gates = [p for p in self.exits.gates.parameters() if p.requires_grad]
+        apart = {id(p) for p in gates}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
         groups = [
-            {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": self.hparams["weight_decay"]},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+            {"params": gates, "weight_decay": 0.0, "lr": self.hparams["gate_learning_rate"]},
         ]
         # Under mixed precision Lightning clips gradients only for optimizers that do not unscale them themselves.
         fused = self.trainer.precision in ("32-true", "bf16-true")

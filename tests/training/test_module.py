@@ -50,10 +50,10 @@ def loader(count):
     return DataLoader(list(batches(count)), batch_size=None)
 
 
-def module_of(shortlist=0, **settings):
+def module_of(shortlist=0, gate=True, **settings):
     module = MultiExitModule(
         zoo.make("florence2", exits=False),
-        {**zoo.BACKBONES["florence2"][2], "adapter_width": 8, "gate_width": 8, "shortlist": shortlist},
+        {**zoo.BACKBONES["florence2"][2], "adapter_width": 8, "gate_width": 8, "gate": gate, "shortlist": shortlist},
         **settings,
     )
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_validation_says_how_well_signals_tell_agreement(tmp_path):
         states = model(**tensors, decoder_input_ids=ids, output_hidden_states=True).decoder_hidden_states
         for k in scores:
             top = logits[k][counts][:, module.exits.shortlist].softmax(-1).sort(-1, descending=True).values[:, :2]
-            gate = module.exits.gates[f"decoder_{k}"](states[k][counts], top)
+            gate = module.exits.gates[f"decoder_{k}"](states[k][counts], (top / (1 - top)).log())
             cosine = torch.cosine_similarity(states[k], states[k - 1], dim=-1)[counts]
             same = logits[k].argmax(-1)[counts] == logits[5].argmax(-1)[counts]
             scores[k] += zip(gate.tolist(), cosine.tolist(), same.tolist(), strict=True)
@@ -224,3 +224,15 @@ def test_settings_are_checked_when_the_module_is_made():
     assert replace(Supervision(), early_after=0.0).begins_late is False
     assert Supervision().begins_late
     assert not Supervision(early_probability=0.0).begins_late
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_gates_learn_at_a_rate_of_their_own(gate, tmp_path):
+    module = module_of(learning_rate=1e-3, gate_learning_rate=7e-3, warmup_steps=1, gate=gate)
+    fit = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    fit.fit(module, loader(1))
+    rates = {id(p): group["initial_lr"] for group in fit.optimizers[0].param_groups for p in group["params"]}
+    assert len(rates) == len(list(module.parameters()))
+    for name, parameter in module.named_parameters():
+        assert rates[id(parameter)] == (7e-3 if ".gates." in name else 1e-3), name
+    assert (7e-3 in rates.values()) == gate
