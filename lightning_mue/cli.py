@@ -92,6 +92,9 @@ def _generate(args: Sequence[str]) -> None:
     parser.add_argument("bundle", help="folder made by `mue freeze`")
     parser.add_argument("--image", required=True, action="append", help="picture; may be given several times")
     parser.add_argument("--prompt", default="what does the picture show ?", help="question or instruction")
+    parser.add_argument(
+        "--decoder_prompt", help="text that the decoder reads before it answers, where a model asks for one"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=None)
     found = parser.parse_args(args)
     from PIL import Image
@@ -107,7 +110,8 @@ def _generate(args: Sequence[str]) -> None:
             raise
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
             raise ValueError(f"{path} must be a picture, and it cannot be read as one: {error}") from error
-    for answer in engine.answer(pictures, [found.prompt] * len(pictures), found.max_new_tokens):
+    given = None if found.decoder_prompt is None else [found.decoder_prompt] * len(pictures)
+    for answer in engine.answer(pictures, [found.prompt] * len(pictures), found.max_new_tokens, given):
         print(answer)
 
 

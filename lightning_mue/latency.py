@@ -47,8 +47,11 @@ class DecoderLatency:
     exit_ms: Mapping[str, float] = field(default_factory=dict)
 
     def layer_cost(self, pending: np.ndarray) -> np.ndarray:
-        """Return the ms of one layer over ``pending`` positions (0 costs 0), interpolated between measured sizes."""
+        """Return the ms of one layer on ``pending`` positions (0 costs 0): linear between and beyond measured sizes."""
         cost = np.interp(pending, self.block_sizes, self.layer_ms)
+        if len(self.block_sizes) > 1:
+            (before, last), (cheaper, dearest) = self.block_sizes[-2:], self.layer_ms[-2:]
+            cost = cost + np.maximum(pending - last, 0) * max(0.0, (dearest - cheaper) / (last - before))
         return np.where(pending > 0, cost, 0.0)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-SCHEMA = "lightning_mue.trace/1"
+SCHEMA = "lightning_mue.trace/2"
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Trace:
         clusters: ``n`` names of the sources (pictures); samples of one cluster are dependent.
         full_score: metric score of the full-depth output, float64 ``[n]`` in [0, 1].
         lengths: tokens decoded at full depth (end token included), int ``[n]``.
+        prompts: tokens of the decoder prompt, which the decoder's layers run over first, int ``[n]``.
         streams: stream name -> StreamTrace.
         meta: plain JSON values: metric, decode settings, fingerprint of the weights, data fingerprint.
     """
@@ -57,6 +58,7 @@ class Trace:
     clusters: list[str]
     full_score: np.ndarray
     lengths: np.ndarray
+    prompts: np.ndarray
     streams: dict[str, StreamTrace]
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -82,6 +84,7 @@ class Trace:
             [self.clusters[i] for i in index],
             self.full_score[index],
             self.lengths[index],
+            self.prompts[index],
             streams,
             self.meta,
         )
@@ -110,6 +113,7 @@ class Trace:
             [c for p in parts for c in p.clusters],
             np.concatenate([p.full_score for p in parts]),
             np.concatenate([p.lengths for p in parts]),
+            np.concatenate([p.prompts for p in parts]),
             streams,
             first.meta,
         )
@@ -118,7 +122,7 @@ class Trace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace as one safetensors file with a JSON header (aside, then renamed)."""
-        arrays: dict[str, np.ndarray] = {"full_score": self.full_score, "lengths": self.lengths}
+        arrays = {"full_score": self.full_score, "lengths": self.lengths, "prompts": self.prompts}
         header: dict[str, Any] = {"sample_ids": self.sample_ids, "clusters": self.clusters, "meta": self.meta}
         header["streams"] = {n: {"layers": list(s.layers), "num_layers": s.num_layers} for n, s in self.streams.items()}
         for name, s in self.streams.items():
@@ -161,9 +165,8 @@ class Trace:
                 arrays[f"{name}.same_at"],
                 arrays.get(f"{name}.agree"),
             )
-        return cls(
-            header["sample_ids"], header["clusters"], arrays["full_score"], arrays["lengths"], streams, header["meta"]
-        )
+        full_score, lengths, prompts = (arrays[name] for name in ("full_score", "lengths", "prompts"))
+        return cls(header["sample_ids"], header["clusters"], full_score, lengths, prompts, streams, header["meta"])
 
 
 def _concat(parts: Sequence[StreamTrace], steps: int) -> StreamTrace:

@@ -21,13 +21,14 @@ def example(ids, steps=4, seed=0, **meta):
         "vision": StreamTrace((3,), 6, {"similarity": table(1)}, table(1), table(1) > 0.5),
     }
     clusters = [f"p{int(i[1:]) // 2}" for i in ids]
-    return Trace(list(ids), clusters, np.array([r.random() for r in rows]), lengths, streams, meta)
+    return Trace(list(ids), clusters, np.array([r.random() for r in rows]), lengths, lengths % 3, streams, meta)
 
 
 def same(a, b):
     assert (a.sample_ids, a.clusters, a.meta) == (b.sample_ids, b.clusters, b.meta)
     assert (a.full_score == b.full_score).all()
     assert (a.lengths == b.lengths).all()
+    assert (a.prompts == b.prompts).all()
     assert a.streams.keys() == b.streams.keys()
     for name, s in a.streams.items():
         t = b.streams[name]

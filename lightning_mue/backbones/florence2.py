@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers import Florence2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_mue.backbones.bart import BartDecoderStream
-from lightning_mue.backbones.generation import build_processors, read_settings
+from lightning_mue.backbones.generation import build_processors, generate_with_prompts, read_settings
 from lightning_mue.backbones.joint import JointEncoderStream
 from lightning_mue.backbones.modality import modality_streams, split_modalities
 from lightning_mue.backbones.stream import (
@@ -75,7 +75,7 @@ class Florence2View:
         encoder: how image and text meet in the encoder.
     """
 
-    generate_inputs = ("input_ids", "pixel_values", "attention_mask")
+    generate_inputs = ("input_ids", "pixel_values", "attention_mask", "decoder_prompt")
 
     def __init__(self, model: Florence2ForConditionalGeneration, encoder: EncoderKind = "joint") -> None:
         self.model, self._kind = model, encoder
@@ -88,6 +88,15 @@ class Florence2View:
     def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
         """Transformers' own ``generate``; of the decomposed encoder's memory where there is one."""
         given = {name: inputs[name] for name in self.generate_inputs if inputs.get(name) is not None}
+        if "decoder_prompt" in given:
+            decode = self.decode_settings(settings.get("max_new_tokens"))
+            settings["max_new_tokens"] = decode.max_new_tokens  # a `max_length` would count the prompt
+            return generate_with_prompts(self._generate, given, decode, **settings)
+        return self._generate(**given, **settings)
+
+    def _generate(self, **inputs_and_settings: Any) -> Tensor:
+        given = {k: v for k, v in inputs_and_settings.items() if k in self.generate_inputs}
+        settings = {k: v for k, v in inputs_and_settings.items() if k not in given}
         model: Any = self.model
         if self._kind == "joint":
             return model.generate(**given, **settings)
@@ -122,10 +131,13 @@ class Florence2View:
         return read_settings(self.model.generation_config, max_new_tokens)
 
     def token_processors(
-        self, settings: DecodeSettings, prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None
+        self,
+        settings: DecodeSettings,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None,
+        prompts: Sequence[Sequence[int]],
     ) -> list[TokenProcessor]:
         """Transformers' own logits processors."""
-        return build_processors(settings, prefix_allowed_tokens_fn)
+        return build_processors(settings, prefix_allowed_tokens_fn, prompts)
 
 
 def _to_picture(state: StreamState) -> Tensor:

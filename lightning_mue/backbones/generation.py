@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
@@ -14,7 +16,8 @@ from transformers import (
     PrefixConstrainedLogitsProcessor,
 )
 
-from lightning_mue.backbones.stream import DecodeSettings, TokenProcessor
+from lightning_mue.backbones.prompt import read_prompts, without_prompt
+from lightning_mue.backbones.stream import DecodeSettings, Inputs, TokenProcessor
 
 # Settings that change greedy tokens and that the engine does not do, with the values at which they do nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -73,8 +76,46 @@ def _limit(config: GenerationConfig, max_new_tokens: int | None) -> int:
     return limit
 
 
+def generate_with_prompts(
+    generate: Callable[..., Tensor], inputs: Inputs, settings: DecodeSettings, **asked: Any
+) -> Tensor:
+    """Call transformers' ``generate`` with decoder prompts; return its ids without them, ``[B, 1 + T]``.
+
+    Its positions know no padding inside a decoder's input, so rows with prompts of one length go together.
+
+    Args:
+        generate: of a model; given tensors of some rows, ``decoder_input_ids`` and what was asked.
+        inputs: tensors, batch first; ``decoder_prompt`` among them.
+        settings: of the decoding.
+        **asked: settings of ``generate``.
+    """
+    tensors = {name: value for name, value in inputs.items() if value is not None and name != "decoder_prompt"}
+    device = next(iter(tensors.values())).device
+    prompts = read_prompts(inputs, len(next(iter(tensors.values()))), settings.start_id)
+    found: dict[int, Tensor] = {}
+    for length in sorted({len(prompt) for prompt in prompts}):
+        rows = [r for r, prompt in enumerate(prompts) if len(prompt) == length]
+        given = torch.tensor([prompts[r] for r in rows], device=device)
+        ids = generate(
+            **{name: value[torch.tensor(rows, device=device)] for name, value in tensors.items()},
+            decoder_input_ids=given,
+            **asked | _constraint_of(rows, prompts, asked),
+        )
+        found |= dict(zip(rows, torch.cat([ids[:, :1], ids[:, length:]], 1), strict=True))
+    return pad_sequence([found[r] for r in range(len(prompts))], batch_first=True, padding_value=settings.pad_id)
+
+
+def _constraint_of(rows: Sequence[int], prompts: Sequence[Sequence[int]], asked: Mapping[str, Any]) -> dict[str, Any]:
+    if (allowed := asked.get("prefix_allowed_tokens_fn")) is None:
+        return {}
+    shown = without_prompt(allowed, prompts)
+    return {"prefix_allowed_tokens_fn": lambda i, ids: shown(rows[i], ids)}
+
+
 def build_processors(
-    settings: DecodeSettings, prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None
+    settings: DecodeSettings,
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None,
+    prompts: Sequence[Sequence[int]],
 ) -> list[TokenProcessor]:
     """Return transformers' own processors for these settings, in the order ``generate`` applies them."""
     plain = settings.plain
@@ -82,17 +123,29 @@ def build_processors(
     if plain["no_repeat_ngram_size"]:
         processors.append(_for_all_rows(NoRepeatNGramLogitsProcessor(plain["no_repeat_ngram_size"])))
     if prefix_allowed_tokens_fn is not None:
-        processors.append(_by_row(prefix_allowed_tokens_fn))
+        processors.append(_by_row(without_prompt(prefix_allowed_tokens_fn, prompts)))
     if plain["forced_bos_token_id"] is not None:
         processors.append(_for_all_rows(ForcedBOSTokenLogitsProcessor(plain["forced_bos_token_id"])))
     if plain["forced_eos_token_id"] is not None:
-        longest = settings.max_new_tokens + 1
-        processors.append(_for_all_rows(ForcedEOSTokenLogitsProcessor(longest, plain["forced_eos_token_id"])))
+        processors.append(_forced_end(settings.max_new_tokens, plain["forced_eos_token_id"], prompts))
     return processors
 
 
 def _for_all_rows(processor: Callable[[Tensor, Tensor], Tensor]) -> TokenProcessor:
     return lambda ids_RT, logits_RV, _rows: processor(ids_RT, logits_RV)
+
+
+def _forced_end(max_new_tokens: int, end_id: int, prompts: Sequence[Sequence[int]]) -> TokenProcessor:
+    """The last token of an answer comes later where the prompt is longer."""
+    of = {n: ForcedEOSTokenLogitsProcessor(max_new_tokens + n, end_id) for n in {len(prompt) for prompt in prompts}}
+    if len(of) == 1:
+        return _for_all_rows(*of.values())
+
+    def process(ids_RT: Tensor, logits_RV: Tensor, rows: Sequence[int]) -> Tensor:
+        each = [of[len(prompts[row])](ids_RT[i : i + 1], logits_RV[i : i + 1]) for i, row in enumerate(rows)]
+        return torch.cat(each)
+
+    return process
 
 
 def _by_row(allowed: Callable[[int, Tensor], list[int]]) -> TokenProcessor:

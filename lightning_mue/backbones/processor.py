@@ -18,8 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-IGNORE = -100
-"""Label of positions that no loss counts."""
+from lightning_mue.backbones.prompt import IGNORE
 
 
 class Processor:
@@ -47,6 +46,11 @@ class Processor:
         rows = [
             torch.tensor(row if row[-1:] == [end] else [*row, end]) for row in self.tokenizer(list(text))["input_ids"]
         ]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
+
+    def decoder_prompts(self, text: Sequence[str]) -> Tensor:
+        """Return the token ids of decoder prompts, without start and end tokens, padded with -100: ``[B, P]``."""
+        rows = [torch.tensor(row) for row in self.tokenizer(list(text), add_special_tokens=False)["input_ids"]]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
     def decode(self, sequences: Tensor) -> list[str]:

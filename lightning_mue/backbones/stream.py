@@ -166,9 +166,12 @@ class Backbone(Protocol):
         """
 
     def token_processors(
-        self, settings: DecodeSettings, prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None
+        self,
+        settings: DecodeSettings,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None,
+        prompts: Sequence[Sequence[int]],
     ) -> list[TokenProcessor]:
-        """Return what ``generate`` would apply to each step's logits."""
+        """Return what ``generate`` would apply to each step's logits; ``prompts`` is what each row was given."""
 
 
 def num_layers(backbone: Backbone) -> dict[str, int]:

@@ -130,27 +130,30 @@ def _decoder(
     at_change = column[rows, differs.argmax(axis=1)] if steps else np.full(n, len(stream.layers))
     score = np.column_stack([stream.score_at, trace.full_score])[rows, at_change]
     change = np.where(changed, score - trace.full_score, 0.0)
-    ms, pairs = _just_in_time(depth, stream.num_layers, cost)
+    ms, pairs = _just_in_time(depth, stream.num_layers, cost, trace.prompts)
     ms += (taken * (cost.step_ms + signal_ms)).sum(axis=1)
     return StreamOutcome(depth, ~changed, change, ms, pairs)
 
 
-def _just_in_time(depth: np.ndarray, num_layers: int, cost: DecoderLatency) -> tuple[np.ndarray, np.ndarray]:
+def _just_in_time(
+    depth: np.ndarray, num_layers: int, cost: DecoderLatency, prompts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the ms of all layers run and the (position, layer) pairs computed, each ``[n]``.
 
-    A layer reached at step t takes all positions it has not seen yet, in one block of ``t + 1 - frontier`` (DEED).
+    A layer reached at step t takes all positions it has not seen yet, in one block (DEED): at first those of the
+    decoder prompt too.
     """
     n, steps = depth.shape
-    block_ms = cost.layer_cost(np.arange(steps + 1))
+    block_ms = cost.layer_cost(np.arange(prompts.max(initial=0) + steps + 1))
     layer = np.arange(1, num_layers + 1)
-    frontier = np.zeros((n, num_layers), dtype=np.int64)
+    seen = np.zeros((n, num_layers), dtype=np.int64)  # positions whose K/V a layer has
     ms = np.zeros(n)
     for t in range(steps):
         reached = layer <= depth[:, t, None]
-        ms += block_ms[np.where(reached, t + 1 - frontier, 0)].sum(axis=1)
-        frontier[reached] = t + 1
-    ms += cost.cross_ms * np.count_nonzero(frontier, axis=1)  # projected when a layer is first reached
-    return ms, frontier.sum(axis=1)
+        ms += block_ms[np.where(reached, prompts[:, None] + t + 1 - seen, 0)].sum(axis=1)
+        seen = np.where(reached, prompts[:, None] + t + 1, seen)
+    ms += cost.cross_ms * np.count_nonzero(seen, axis=1)  # projected when a layer is first reached
+    return ms, seen.sum(axis=1)
 
 
 def _check_rule(name: str, rule: ExitRule | None) -> None:

@@ -19,8 +19,8 @@ SPLITS = {"propose": 0.3, "certify": 0.7}
 
 
 def missing_inputs(wanted: Sequence[str], found: Container[str]) -> list[str]:
-    """Return the backbone's inputs that are not there; an attention mask may be missing (then all tokens count)."""
-    return [name for name in wanted if name not in found and name != "attention_mask"]
+    """Return the backbone's inputs that are not there; a mask (then all tokens count) and a prompt may be missing."""
+    return [name for name in wanted if name not in found and name not in ("attention_mask", "decoder_prompt")]
 
 
 def rows_of(batch: Batch, keep: Sequence[bool]) -> Batch:
@@ -57,6 +57,8 @@ def single(batch: Batch, row: int) -> Batch:
     if isinstance(mask := alone.get("attention_mask"), Tensor):
         valid = mask[0].bool()
         alone |= {name: alone[name][:, valid] for name in ("input_ids", "attention_mask")}
+    if isinstance(prompt := alone.get("decoder_prompt"), Tensor):
+        alone["decoder_prompt"] = prompt[:, prompt[0] >= 0]
     return alone
 
 

@@ -29,6 +29,9 @@ class Processor(Protocol):
     def labels(self, text: Sequence[str]) -> Tensor:
         """Return token ids ``[B, T]``, each row ended by ``</s>`` and padded with -100; no start token."""
 
+    def decoder_prompts(self, text: Sequence[str]) -> Tensor:
+        """Return token ids ``[B, P]`` without start and end tokens, padded with -100 on the right."""
+
     def decode(self, sequences: Tensor) -> list[str]:
         """Return the texts of token ids ``[B, T]``."""
 
@@ -134,6 +137,8 @@ class EncodedBatches(Dataset[Batch]):
         images = [sample.image for sample in samples if sample.image is not None]
         batch: Batch = dict(self.processor(images=images, text=[sample.prompt for sample in samples]))
         batch["labels"] = self.processor.labels(labels)
+        if any(sample.decoder_prompt for sample in samples):
+            batch["decoder_prompt"] = self.processor.decoder_prompts([sample.decoder_prompt for sample in samples])
         for name in ("sample_id", "cluster", "references", "level", "prompt"):
             batch[name] = [getattr(sample, name) for sample in samples]
         return batch

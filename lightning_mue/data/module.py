@@ -17,7 +17,7 @@ from lightning_mue.data.augment import AUGMENTATIONS, Augmentation
 from lightning_mue.data.loader import BatchLoader, EncodedBatches, Processor, eval_batches, train_batches
 from lightning_mue.data.shards import BadSamples, OnBad, find_shards
 from lightning_mue.data.store import SampleStore, limited, read_samples
-from lightning_mue.data.tasks import STATEMENT_WORDS, cluster_point, split_of
+from lightning_mue.data.tasks import CLOSED_ANSWERS, cluster_point, split_of
 from lightning_mue.data.tokenizer import train_tokenizer
 from lightning_mue.inference.answers import only_answers
 
@@ -26,8 +26,8 @@ class ShardsDataModule(LightningDataModule):
     """Batches of one task from WebDataset shards.
 
     A batch is a dict: ``pixel_values`` float [B, 3, H, W], ``input_ids`` and ``attention_mask`` [B, S], ``labels``
-    [B, T] (-100 at padding, ended by ``</s>``), and lists of B: ``sample_id``, ``cluster``, ``references``,
-    ``level``, ``prompt``.
+    [B, T] (-100 at padding, ended by ``</s>``), ``decoder_prompt`` [B, P] if the task has one (-100 at padding), and
+    lists of B: ``sample_id``, ``cluster``, ``references``, ``level``, ``prompt``.
 
     Calibration data never chose a checkpoint: it is the ``holdout`` share of the training pictures, or, with
     ``holdout`` 0, the part of the validation pictures that is not in the ``select`` share that ``fit`` validates on.
@@ -36,7 +36,7 @@ class ShardsDataModule(LightningDataModule):
     Args:
         train: a folder (its ``train-*.tar``), a tar, a glob, or a list of these.
         val: likewise (``val-*.tar``); the folder of ``train`` when not given.
-        task: "vqa", "statement", "caption" or "reading".
+        task: "vqa", "statement", "match", "caption" or "reading".
         test: likewise (``test-*.tar``); when not given, those in the folder of ``train``, else the validation data.
         batch_size: training samples a batch and device.
         group_by_length: train on batches of answers of like length, so that little of them is padding.
@@ -51,7 +51,8 @@ class ShardsDataModule(LightningDataModule):
         holdout: share of the training pictures kept out of training, for calibration.
         select: share of the validation pictures that ``fit`` validates on when ``holdout`` is 0.
         calibration_limit: most calibration samples (whole clusters, chosen by hash); None takes all.
-        questions_per_picture: most samples of a picture, chosen by hash; None takes all.
+        questions_per_picture: most samples of a picture and task, chosen by hash; None takes all.
+        also: other tasks to train on beside ``task``, of the same pictures; nothing else is done with them.
         memory_limit_mb: pictures of a split stay decoded in memory until they fill this (10^6 bytes).
         num_workers: processes that make batches; 0 makes them in the training process.
         seed: decides the order of training and the splits.
@@ -77,6 +78,7 @@ class ShardsDataModule(LightningDataModule):
         select: float = 0.3,
         calibration_limit: int | None = None,
         questions_per_picture: int | None = None,
+        also: list[str] | None = None,
         memory_limit_mb: float = 1000.0,
         num_workers: int = 0,
         seed: int = 0,
@@ -113,7 +115,8 @@ class ShardsDataModule(LightningDataModule):
     @cached_property
     def train_samples(self) -> SampleStore:
         """The samples that train."""
-        return self._part(self._train, "held out", False, "train") if self.hparams["holdout"] else self._train
+        whole = self._train.joined(*(self._read("train", task) for task in self.hparams["also"] or ()))
+        return self._part(whole, "held out", False, "train") if self.hparams["holdout"] else whole
 
     @cached_property
     def selection_samples(self) -> SampleStore:
@@ -152,7 +155,8 @@ class ShardsDataModule(LightningDataModule):
     @property
     def closed_answers(self) -> list[str] | None:
         """The only answers there are to statements; None where answers are free."""
-        return list(STATEMENT_WORDS) if self.hparams["task"] == "statement" else None
+        answers = CLOSED_ANSWERS.get(self.hparams["task"])
+        return None if answers is None else list(answers)
 
     def answer_constraint(self, end_id: int) -> Callable[[int, Tensor], list[int]] | None:
         """Return the constraint of decoding to the closed answers (``prefix_allowed_tokens_fn``); None where free."""
@@ -166,7 +170,8 @@ class ShardsDataModule(LightningDataModule):
         """SHA-256 over ids, prompts and references of the calibration data in order of id."""
         digest = hashlib.sha256()
         for sample in sorted(self.calibration_samples.samples, key=lambda sample: sample.sample_id):
-            digest.update(repr((sample.sample_id, sample.cluster, sample.prompt, sample.references)).encode())
+            told = (sample.sample_id, sample.cluster, sample.prompt, sample.decoder_prompt, sample.references)
+            digest.update(repr(told).encode())
         return digest.hexdigest()
 
     @property
@@ -174,7 +179,7 @@ class ShardsDataModule(LightningDataModule):
         """The tokenizer: the checkpoint's, or trained on the training texts on first use."""
         if self._tokenizer_json is None:
             samples = self.train_samples.samples
-            texts = [text for sample in samples for text in (sample.prompt, *sample.references)]
+            texts = [t for s in samples for t in (s.prompt, s.decoder_prompt, *s.references) if t]
             self._tokenizer_json = train_tokenizer(texts, self.hparams["vocab_size"])
         return self._tokenizer_json
 
@@ -239,12 +244,12 @@ class ShardsDataModule(LightningDataModule):
     def _val(self) -> SampleStore:
         return self._read("val")
 
-    def _read(self, split: str) -> SampleStore:
+    def _read(self, split: str, task: str | None = None) -> SampleStore:
         hparams = self.hparams
         where = hparams[split] if hparams[split] is not None else self._train_folder()
         return read_samples(
             find_shards(where, split),
-            hparams["task"],
+            task or hparams["task"],
             self.bad,
             hparams["memory_limit_mb"],
             hparams["questions_per_picture"],

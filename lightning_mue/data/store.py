@@ -47,6 +47,11 @@ class SampleStore:
             self.bad.meet(error)
             return None
 
+    def joined(self, *others: SampleStore) -> SampleStore:
+        """Return the samples of this store, then those of the others."""
+        stores = (self, *others)
+        return SampleStore([s for o in stores for s in o.samples], [p for o in stores for p in o.pictures], self.bad)
+
     def where(self, keep: Callable[[Sample], bool]) -> SampleStore:
         """Return the samples that ``keep`` says yes to, in the same order."""
         kept = [k for k, sample in enumerate(self.samples) if keep(sample)]

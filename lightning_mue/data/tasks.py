@@ -13,7 +13,9 @@ from PIL import Image
 Record = Mapping[str, Any]
 
 STATEMENT_WORDS = ("no", "yes", "maybe")
-"""The closed answers of task ``statement``; the label (0 false, 1 true, 2 maybe) is the position."""
+"""The closed answers to statements; the label (0 false, 1 true, 2 maybe) is the position."""
+CLOSED_ANSWERS: Mapping[str, tuple[str, ...]] = {"statement": STATEMENT_WORDS, "match": STATEMENT_WORDS[:2]}
+"""Task -> its only answers."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Sample:
         image: the picture; None while it stays in its shard.
         task: the task's name.
         level: difficulty from 1 where the data says one, else 0.
+        decoder_prompt: what the decoder reads before it answers; may be empty.
     """
 
     sample_id: str
@@ -37,6 +40,7 @@ class Sample:
     image: Image.Image | None
     task: str
     level: int
+    decoder_prompt: str = ""
 
 
 def make_samples(record: Record, image: Image.Image | None, task: str) -> list[Sample]:
@@ -45,7 +49,7 @@ def make_samples(record: Record, image: Image.Image | None, task: str) -> list[S
     Args:
         record: the JSON of one picture (fields in the data's README).
         image: its picture, or None to leave it in the shard.
-        task: "vqa", "statement", "caption" or "reading".
+        task: "vqa", "statement", "match" (the same, but the decoder reads the statement), "caption" or "reading".
 
     Returns:
         The samples in the order of the record.
@@ -64,8 +68,8 @@ def make_samples(record: Record, image: Image.Image | None, task: str) -> list[S
             raise ValueError("the record holds nothing to ask")
         cluster = _cluster(record, task)
         return [
-            Sample(f"{key}#{name}", cluster, _text(prompt, name), _texts(answers, name), image, task, int(level))
-            for name, prompt, answers, level in rows
+            Sample(f"{key}#{name}", cluster, _text(prompt, name), _texts(answers, name), image, task, int(level), *more)
+            for name, prompt, answers, level, *more in rows
         ]
     except (KeyError, TypeError) as error:
         missing = (
@@ -108,7 +112,8 @@ def cluster_point(cluster: str, salt: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-Row = tuple[str, str, list[str], int]
+Row = tuple[str, str, list[str], int] | tuple[str, str, list[str], int, str]
+"""Name, prompt, answers, level, and a decoder prompt if there is one."""
 
 
 def _vqa(record: Record) -> Iterable[Row]:
@@ -117,6 +122,19 @@ def _vqa(record: Record) -> Iterable[Row]:
 
 
 def _statement(record: Record) -> Iterable[Row]:
+    for name, text, answer, level in _judged(record):
+        yield name, f'does the picture show " {text} " ?', [answer], level
+
+
+def _match(record: Record) -> Iterable[Row]:
+    for name, text, answer, level in _judged(record):
+        if answer not in CLOSED_ANSWERS["match"]:
+            raise ValueError(f"{name} is neither true nor false; use task 'statement'")
+        yield name, _SHOWN, [answer], level, text
+
+
+def _judged(record: Record) -> Iterable[tuple[str, str, str, int]]:
+    """Name, text, answer and level of every statement."""
     rows: list[tuple[str, str, int, int]]
     if "statements" in record:
         rows = [(f"s{k}", s["text"], s["label"], s.get("level", 0)) for k, s in enumerate(record["statements"])]
@@ -129,12 +147,14 @@ def _statement(record: Record) -> Iterable[Row]:
         if label not in range(len(STATEMENT_WORDS)):
             raise ValueError(f"`label` of {name} must be 0 (false), 1 (true) or 2 (maybe), got {label!r}")
         # Sentences end in " .", "." or nothing: the model must not tell them apart by that.
-        plain = _text(text, name).rstrip(" .")
-        yield name, f'does the picture show " {plain} " ?', [STATEMENT_WORDS[label]], level
+        yield name, _text(text, name).rstrip(" ."), STATEMENT_WORDS[label], level
+
+
+_SHOWN = "what does the picture show ?"
 
 
 def _caption(record: Record) -> Iterable[Row]:
-    yield "c0", "what does the picture show ?", record["refs"], record.get("level", 0)
+    yield "c0", _SHOWN, record["refs"], record.get("level", 0)
 
 
 def _reading(record: Record) -> Iterable[Row]:
@@ -144,6 +164,7 @@ def _reading(record: Record) -> Iterable[Row]:
 _TASKS: dict[str, Callable[[Record], Iterable[Row]]] = {
     "vqa": _vqa,
     "statement": _statement,
+    "match": _match,
     "caption": _caption,
     "reading": _reading,
 }

@@ -28,8 +28,9 @@ class ExitConfig:
         adapter_width: hidden units of a bottleneck.
         gate: whether each exit gets a small classifier that says "leaving here is safe".
         gate_width: its hidden units.
-        shortlist: the decoder's gates also see how sure the exit is: the log-odds of its two likeliest among this many tokens,
-            those most frequent in the training labels. A cheap stand-in for the margin over the vocabulary; 0 is none.
+        shortlist: the decoder's gates also see how sure the exit is: the log-odds of its two likeliest among so
+            many tokens, those most frequent in the training labels. A cheap stand-in for the vocabulary's margin; 0 is
+            none.
     """
 
     vision: Sequence[int] = field(default_factory=list)

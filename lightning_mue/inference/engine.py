@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone, fingerprint, num_layers, view
+from lightning_mue.backbones.prompt import read_prompts
 from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.answers import only_answers
 from lightning_mue.inference.encode import OnExit, encode
@@ -42,7 +43,8 @@ class ExitOutput:
     """What a generation gave.
 
     Args:
-        sequences: token ids ``[B, 1 + T]``: start token, answer, end token, padding; as transformers returns them.
+        sequences: token ids ``[B, 1 + T]``: start token, answer, end token, padding; as transformers returns them, but
+            without the decoder prompt.
         exit_depths: stream name -> depths, ``[B]`` for streams left once per sample, ``[B, T]`` for the decoder
             (0 where a row had ended).
         layer_runs: stream name -> layer executions (calls).
@@ -100,31 +102,43 @@ class ExitEngine:
 
         Args:
             max_new_tokens: at most; if not given, as certified, else as the generation config says.
-            prefix_allowed_tokens_fn: transformers' constraint on the next token, such as a closed set of answers.
+            prefix_allowed_tokens_fn: transformers' constraint on the next token, such as a closed set of answers; it is
+                shown the start token and the answer so far, no decoder prompt.
             timings: measure the parts.
-            **inputs: the backbone's own: ``pixel_values``, ``input_ids``, ``attention_mask``. Others are ignored.
+            **inputs: the backbone's own, such as ``pixel_values`` and ``input_ids``; and ``decoder_prompt [B, P]``:
+                tokens that the decoder reads before it answers, padded with -100 on the right. Others are ignored.
         """
         output, _ = self.run(max_new_tokens, prefix_allowed_tokens_fn, timings, inputs)
         return output
 
-    def answer(self, images: Sequence[Any], prompts: Sequence[str], max_new_tokens: int | None = None) -> list[str]:
+    def answer(
+        self,
+        images: Sequence[Any],
+        prompts: Sequence[str],
+        max_new_tokens: int | None = None,
+        decoder_prompts: Sequence[str] | None = None,
+    ) -> list[str]:
         """Answer one prompt for each picture, as text; only with the answers that calibration allowed, if it did.
 
         Args:
             images: PIL pictures.
             prompts: as many texts.
             max_new_tokens: at most; the generation config's (or 20) if not given.
+            decoder_prompts: as many texts that the decoder reads before it answers.
 
         Raises:
             ValueError: the engine has no processor, or the numbers of pictures and prompts differ.
         """
         if self.processor is None:
             raise ValueError("`answer` needs a processor and this engine has none; pass one, or use `generate`.")
-        if isinstance(prompts, str) or len(images) != len(prompts):
-            found = "one text" if isinstance(prompts, str) else str(len(prompts))
-            raise ValueError(f"`prompts` must be a list with one text for each of {len(images)} images, got {found}")
+        for name, texts in (("prompts", prompts), ("decoder_prompts", decoder_prompts)):
+            if texts is not None and (isinstance(texts, str) or len(images) != len(texts)):
+                found = "one text" if isinstance(texts, str) else str(len(texts))
+                raise ValueError(f"`{name}` must be a list with one text for each of {len(images)} images, got {found}")
         device = next(self.model.parameters()).device
         inputs = {name: tensor.to(device) for name, tensor in self.processor(images, prompts).items()}
+        if decoder_prompts is not None:
+            inputs["decoder_prompt"] = self.processor.decoder_prompts(decoder_prompts).to(device)
         return self.processor.decode(self.generate(max_new_tokens, self._calibrated_answers(), **inputs).sequences)
 
     def _calibrated_answers(self) -> PrefixFn | None:
@@ -159,20 +173,20 @@ class ExitEngine:
         watch = Stopwatch(next(self.model.parameters()).device, timings)
         with watch.part("total"):
             encoded = encode(self.backbone, self.exits, inputs, self.policy.rules, watch, on_exit)
+            prompts = read_prompts(inputs, len(encoded.memory_BSD), settings.start_id)
             executor = TorchExecutor(
                 self.backbone,
                 self.exits,
                 encoded.memory_BSD,
                 self.backbone.memory_mask(inputs),
-                settings.max_new_tokens,
-                self.backbone.token_processors(settings, prefix_fn),
+                max(map(len, prompts)) - 1 + settings.max_new_tokens,
+                self.backbone.token_processors(settings, prefix_fn, prompts),
                 watch,
             )
             record = decode(
                 executor,
                 decoder_exits(self.policy, settings.max_new_tokens, forced),
-                executor.batch,
-                settings.start_id,
+                prompts,
                 settings.end_ids,
                 settings.max_new_tokens,
             )

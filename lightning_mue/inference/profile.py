@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone, StreamState, view
+from lightning_mue.backbones.prompt import read_prompts
 from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.encode import encode, stream_scores
 from lightning_mue.inference.record import DECODER_SIGNALS, STREAM_SIGNALS
@@ -22,7 +23,7 @@ from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
 from lightning_mue.signals import NEEDS_LOGITS
 
-BLOCK_SIZES = (1, 2, 4, 8, 16)
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 Pieces = dict[str, Callable[[], object]]
 
@@ -115,22 +116,22 @@ def _decoder_pieces(
     settings = backbone.decode_settings(max_new_tokens)
     silent = Stopwatch(torch.device("cpu"), False)
     memory_BSD = encode(backbone, exits, inputs, {}, silent).memory_BSD
-    steps = settings.max_new_tokens
-    processors = backbone.token_processors(settings, None)
-    executor = TorchExecutor(backbone, exits, memory_BSD, backbone.memory_mask(inputs), steps, processors, silent)
-    for position in range(steps):
-        executor.embed([0], position, [settings.start_id])
+    prompts = read_prompts(inputs, 1, settings.start_id)
+    length = len(prompts[0]) - 1 + settings.max_new_tokens
+    processors = backbone.token_processors(settings, None, prompts)
+    executor = TorchExecutor(backbone, exits, memory_BSD, backbone.memory_mask(inputs), length, processors, silent)
+    executor.embed([0], 0, [[settings.start_id] * length])
     for layer in range(1, executor.num_layers + 1):
-        executor.run_layer(layer, [0], 0, steps)
-    at, layer = steps - 1, (executor.num_layers + 1) // 2
+        executor.run_layer(layer, [0], 0, length)
+    at, layer = length - 1, (executor.num_layers + 1) // 2
     pieces: Pieces = {
-        "decoder.embed": partial(executor.embed, [0], at, [settings.start_id]),
+        "decoder.embed": partial(executor.embed, [0], at, [[settings.start_id]]),
         "decoder.head": partial(executor.choose, {executor.num_layers: [0]}, at),
         "decoder.memory": partial(backbone.decoder.memory_kv, layer, memory_BSD),
     }
     for m in BLOCK_SIZES:
-        if m <= steps:
-            pieces[f"decoder.layer{m}"] = partial(executor.run_layer, layer, [0], steps - m, steps)
+        if m <= length:
+            pieces[f"decoder.layer{m}"] = partial(executor.run_layer, layer, [0], length - m, length)
     if exits is not None and "decoder" in exits.layers:
         pieces["decoder.exit"] = partial(executor.choose, {exits.layers["decoder"][0]: [0]}, at)
     for signal in _signals(exits, "decoder", DECODER_SIGNALS):

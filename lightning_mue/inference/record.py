@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones import StreamState, num_layers, view
+from lightning_mue.backbones import StreamState, num_layers
+from lightning_mue.backbones.prompt import read_prompts
 from lightning_mue.exits import attached
 from lightning_mue.inference.encode import stream_scores
 from lightning_mue.inference.engine import ExitEngine, PrefixFn
@@ -69,7 +70,9 @@ def record(
     engine = ExitEngine(model, ExitPolicy.full_depth())
     full, executor = engine.run(max_new_tokens, prefix_fn, False, inputs, on_exit)
     tokens_BT = full.sequences[:, 1:]
-    layers = num_layers(view(model))
+    start_id = engine.backbone.decode_settings(max_new_tokens).start_id
+    prompt_B = np.array([len(prompt) - 1 for prompt in read_prompts(inputs, len(tokens_BT), start_id)])
+    layers = num_layers(engine.backbone)
     streams = {}
     for name, exit_layers in exits.layers.items():
         score_at, same_at = _alone(
@@ -77,11 +80,8 @@ def record(
         )
         agree = None
         if name == "decoder":
-            scores, agree = _decoder_scores(executor, exit_layers, signals, tokens_BT)
-            ended = (full.exit_depths["decoder"] == 0).numpy()  # nothing was computed there
-            agree[ended] = False
-            for values in scores.values():
-                values[ended] = 0.0
+            taken_BT = (full.exit_depths["decoder"] > 0).numpy()
+            scores, agree = _decoder_scores(executor, exit_layers, signals, tokens_BT, prompt_B, taken_BT)
         else:
             scores = {k: torch.stack(v, 1).numpy() for k, v in seen[name].items()}
         streams[name] = StreamTrace(exit_layers, layers[name], scores, score_at, same_at, agree)
@@ -90,27 +90,40 @@ def record(
         list(clusters),
         np.asarray(score_of(full.sequences), dtype=np.float64),
         (full.exit_depths["decoder"] > 0).sum(1).numpy(),
+        prompt_B,
         streams,
         dict(meta or {}),
     )
 
 
 def _decoder_scores(
-    executor: TorchExecutor, layers: Sequence[int], signals: Sequence[str], tokens_BT: Tensor
+    executor: TorchExecutor,
+    layers: Sequence[int],
+    signals: Sequence[str],
+    tokens_BT: Tensor,
+    prompt_B: np.ndarray,
+    taken_BT: np.ndarray,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return signal -> scores ``[B, T, E]`` and agreement ``[B, T, E]``, from the states of a full-depth decode."""
-    scores: dict[str, list[Tensor]] = {s: [] for s in signals}
-    agree = []
-    everyone = slice(None)
-    for position in range(tokens_BT.shape[1]):
-        for k in layers:
-            logits_BV = executor.exit_logits(k, everyone, position)
-            agree.append((logits_BV.argmax(-1) == tokens_BT[:, position]).cpu())
-            for signal in signals:
-                scores[signal].append(executor.scores(signal, k, everyone, position, logits_BV).float().cpu())
-    shape = (tokens_BT.shape[0], tokens_BT.shape[1], len(layers))
-    stacked = {s: torch.stack(v, 1).reshape(shape).numpy() for s, v in scores.items()}
-    return stacked, torch.stack(agree, 1).reshape(shape).numpy()
+    """Return signal -> scores ``[B, T, E]`` and agreement ``[B, T, E]``, from the states of a full-depth decode.
+
+    Both are nothing where a row had ended.
+    """
+    shape = (*tokens_BT.shape, len(layers))
+    scores = {signal: np.zeros(shape, dtype=np.float32) for signal in signals}
+    agree = np.zeros(shape, dtype=bool)
+    for first in np.unique(prompt_B).tolist():  # rows whose answers begin at one position
+        index = torch.from_numpy(np.flatnonzero(prompt_B == first)).to(tokens_BT.device)
+        rows = index.cpu().numpy()
+        for step in range(tokens_BT.shape[1]):
+            for e, k in enumerate(layers):
+                logits_RV = executor.exit_logits(k, index, first + step)
+                agree[rows, step, e] = (logits_RV.argmax(-1) == tokens_BT[index, step]).cpu().numpy()
+                for signal in signals:
+                    found_R = executor.scores(signal, k, index, first + step, logits_RV)
+                    scores[signal][rows, step, e] = found_R.float().cpu().numpy()
+    return {signal: np.where(taken_BT[..., None], s, np.float32(0)) for signal, s in scores.items()}, agree & taken_BT[
+        ..., None
+    ]
 
 
 def _alone(

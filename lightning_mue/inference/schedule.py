@@ -4,6 +4,9 @@ Just-in-time features (DEED, section 3): a token that left early has no K/V in d
 same row goes there, the missing positions, which are always the last ones, join its matmul. So every (position, layer)
 is computed at most once and exactly as at full depth. A fill mode other than that makes up the K/V of missing positions
 (but of the latest ``backlog``) from what lies below, at the same moment.
+
+A decoder prompt is made of positions that leave before layer 1: nothing is chosen there, and the first layer runs over
+them only when the first answer token asks for it. They are always computed, under every fill mode.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ class Executor(Protocol):
 
     num_layers: int
 
-    def embed(self, rows: Sequence[int], position: int, tokens: Sequence[int]) -> None:
-        """Compute the states that enter layer 1 for one new token per row."""
+    def embed(self, rows: Sequence[int], first: int, tokens: Sequence[Sequence[int]]) -> None:
+        """Compute the states that enter layer 1 for new tokens, equally many per row, from position ``first`` on."""
 
     def run_layer(self, layer: int, rows: Sequence[int], first: int, last: int) -> None:
         """Push positions ``first .. last - 1`` of ``rows`` through one layer, writing its K/V."""
@@ -40,7 +43,7 @@ class DecoderExits:
 
     Args:
         signal: what scores.
-        thresholds: step -> exit layer -> threshold.
+        thresholds: step (counted from a row's first answer token) -> exit layer -> threshold.
         kv_fill: how missing K/V come to be.
         backlog: so many of the latest missing positions are computed all the same.
         forced: row -> exit depth of each token, whatever the signal: to replay known depths.
@@ -58,7 +61,7 @@ class DecodeRecord:
     """What a decode did.
 
     Args:
-        tokens: row -> tokens chosen, end token included.
+        tokens: row -> tokens chosen, end token included, prompt left out.
         depths: row -> exit depth of each token.
         layer_runs: layer executions (calls of ``run_layer``).
         pairs: computed (position, layer) pairs.
@@ -75,95 +78,118 @@ class DecodeRecord:
 def decode(
     executor: Executor,
     exits: DecoderExits,
-    rows: int,
-    start_id: int,
+    prompts: Sequence[Sequence[int]],
     end_ids: Sequence[int],
     steps: int,
-    on_step: Callable[[int], None] | None = None,
 ) -> DecodeRecord:
     """Decode greedily; every row leaves each step at its own layer.
 
     Args:
         executor: what computes.
         exits: when to leave.
-        rows: batch size.
-        start_id: the token at position 0.
+        prompts: row -> tokens that are given: the start token, and a decoder prompt if there is one.
         end_ids: a row that chooses one of them is done.
-        steps: tokens at most.
-        on_step: called with the number of rows still decoding after each step.
+        steps: tokens to choose at most.
     """
-    record = DecodeRecord([[] for _ in range(rows)], [[] for _ in range(rows)])
-    frontier = [[0] * rows for _ in range(executor.num_layers + 1)]
-    live = list(range(rows))
-    for position in range(steps):
-        executor.embed(live, position, [record.tokens[r][-1] if position else start_id for r in live])
-        left = _climb(executor, exits, live, position, frontier, record)
-        chosen = executor.choose(left, position)
+    return _Decoding(executor, exits, prompts).run(end_ids, steps)
+
+
+class _Decoding:
+    """One decode under way.
+
+    Args:
+        frontier: layer -> row -> the first position whose K/V it misses.
+        before: row -> positions before the one that chooses the first answer token.
+    """
+
+    def __init__(self, executor: Executor, exits: DecoderExits, prompts: Sequence[Sequence[int]]) -> None:
+        self.executor, self.exits, self.prompts = executor, exits, prompts
+        self.before = [len(prompt) - 1 for prompt in prompts]
+        self.record = DecodeRecord([[] for _ in prompts], [[] for _ in prompts])
+        self.frontier = [[0] * len(prompts) for _ in range(executor.num_layers + 1)]
+
+    def run(self, end_ids: Sequence[int], steps: int) -> DecodeRecord:
+        live = list(range(len(self.prompts)))
+        shared = min(self.before)
+        if shared:
+            self.executor.embed(live, 0, [prompt[:shared] for prompt in self.prompts])
+        for position in range(shared, max(self.before) + steps):
+            self.executor.embed(live, position, [[self._given(r, position)] for r in live])
+            asking = [r for r in live if position >= self.before[r]]
+            chosen = self._choose(asking, position)
+            live = [r for r in live if chosen.get(r) not in end_ids and position + 1 < self.before[r] + steps]
+            if not live:
+                break
+        return self.record
+
+    def _given(self, row: int, position: int) -> int:
+        prompt = self.prompts[row]
+        return prompt[position] if position < len(prompt) else self.record.tokens[row][position - len(prompt)]
+
+    def _choose(self, rows: list[int], position: int) -> dict[int, int]:
+        """Return row -> its next token."""
+        if not rows:
+            return {}
+        left = self._climb(rows, position)
+        chosen = self.executor.choose(left, position)
         for layer, group in left.items():
             for row in group:
-                record.tokens[row].append(chosen[row])
-                record.depths[row].append(layer)
-        live = [r for r in live if chosen[r] not in end_ids]
-        if on_step is not None:
-            on_step(len(live))
-        if not live:
-            break
-    return record
+                self.record.tokens[row].append(chosen[row])
+                self.record.depths[row].append(layer)
+        return chosen
 
+    def _climb(self, rows: list[int], position: int) -> dict[int, list[int]]:
+        """Take one step's rows up the layers; return exit layer -> rows that left there."""
+        left: dict[int, list[int]] = {}
+        thresholds = {r: self.exits.thresholds(position - self.before[r]) for r in rows}
+        for layer in range(1, self.executor.num_layers + 1):
+            if self.exits.kv_fill != "just-in-time":
+                self._fill(layer, rows, position - self.exits.backlog)
+            self._run_layer(layer, rows, position + 1)
+            if layer == self.executor.num_layers:
+                left[layer] = rows
+            elif leaving := self._leaving(layer, rows, position, thresholds):
+                left[layer] = leaving
+                gone = set(leaving)
+                rows = [r for r in rows if r not in gone]
+            if not rows:
+                break
+        return {layer: group for layer, group in left.items() if group}
 
-def _climb(
-    executor: Executor,
-    exits: DecoderExits,
-    rows: list[int],
-    position: int,
-    frontier: list[list[int]],
-    record: DecodeRecord,
-) -> dict[int, list[int]]:
-    """Take one step's rows up the layers; return exit layer -> rows that left there."""
-    left: dict[int, list[int]] = {}
-    thresholds = exits.thresholds(position)
-    for layer in range(1, executor.num_layers + 1):
-        if exits.kv_fill != "just-in-time":
-            _fill(executor, exits.kv_fill, layer, rows, position - exits.backlog, frontier[layer], record)
-        for first, group in pending_blocks(frontier[layer], rows):
-            executor.run_layer(layer, group, first, position + 1)
-            record.layer_runs += 1
-            record.pairs += (position + 1 - first) * len(group)
-            for row in group:
-                frontier[layer][row] = position + 1
-        if layer == executor.num_layers:
-            left[layer] = rows
-        elif leaving := _leaving(executor, exits, layer, rows, position, thresholds.get(layer)):
-            left[layer] = leaving
-            gone = set(leaving)
-            rows = [r for r in rows if r not in gone]
-        if not rows:
-            break
-    return {layer: group for layer, group in left.items() if group}
+    def _run_layer(self, layer: int, rows: list[int], last: int) -> None:
+        """Compute what ``layer`` misses before position ``last``."""
+        for first, group in pending_blocks(self.frontier[layer], rows):
+            if first < last:
+                self.executor.run_layer(layer, group, first, last)
+                self.record.layer_runs += 1
+                self.record.pairs += (last - first) * len(group)
+                self._advance(layer, group, last)
 
+    def _leaving(
+        self, layer: int, rows: list[int], position: int, thresholds: Mapping[int, Mapping[int, float]]
+    ) -> list[int]:
+        """Return the rows that leave after ``layer``."""
+        if (forced := self.exits.forced) is not None:
+            at = {r: position - self.before[r] for r in rows}
+            return [r for r in rows if at[r] < len(forced[r]) and forced[r][at[r]] == layer]
+        if not (asked := [r for r in rows if layer in thresholds[r]]):
+            return []
+        scores = self.executor.score(self.exits.signal, layer, asked, position)
+        return [r for r, s in zip(asked, scores, strict=True) if s >= thresholds[r][layer]]
 
-def _leaving(
-    executor: Executor, exits: DecoderExits, layer: int, rows: list[int], position: int, threshold: float | None
-) -> list[int]:
-    """Return the rows that leave after ``layer``."""
-    if exits.forced is not None:
-        return [r for r in rows if position < len(exits.forced[r]) and exits.forced[r][position] == layer]
-    if threshold is None:
-        return []
-    scores = executor.score(exits.signal, layer, rows, position)
-    return [r for r, s in zip(rows, scores, strict=True) if s >= threshold]
+    def _fill(self, layer: int, rows: list[int], last: int) -> None:
+        """Make up what ``layer`` misses before position ``last``; a prompt that it misses is computed."""
+        rows = [r for r in rows if max(self.frontier[layer][r], self.before[r]) < last]
+        for before in sorted({self.before[r] for r in rows}):
+            self._run_layer(layer, [r for r in rows if self.before[r] == before], before)
+        for first, group in pending_blocks(self.frontier[layer], rows):
+            self.executor.fill(self.exits.kv_fill, layer, group, first, last)
+            self.record.filled += (last - first) * len(group)
+            self._advance(layer, group, last)
 
-
-def _fill(
-    executor: Executor, mode: str, layer: int, rows: list[int], last: int, frontier: list[int], record: DecodeRecord
-) -> None:
-    """Make up what ``layer`` misses before position ``last``."""
-    for first, group in pending_blocks(frontier, rows):
-        if first < last:
-            executor.fill(mode, layer, group, first, last)
-            record.filled += (last - first) * len(group)
-            for row in group:
-                frontier[row] = last
+    def _advance(self, layer: int, rows: list[int], last: int) -> None:
+        for row in rows:
+            self.frontier[layer][row] = last
 
 
 def pending_blocks(frontier: Sequence[int], rows: Sequence[int]) -> list[tuple[int, list[int]]]:

@@ -29,7 +29,7 @@ class TorchExecutor:
         exits: its exits, or None.
         memory_BSD: what the decoder's cross-attention reads.
         memory_mask: additive ``[B, 1, 1, S]`` or None.
-        steps: positions at most.
+        positions: at most: of the decoder prompt and of the answer.
         processors: applied to logits before the arg-max and before logit signals.
         stopwatch: where the time of each part goes.
     """
@@ -40,34 +40,38 @@ class TorchExecutor:
         exits: Exits | None,
         memory_BSD: Tensor,
         memory_mask: Tensor | None,
-        steps: int,
+        positions: int,
         processors: Sequence[TokenProcessor],
         stopwatch: Stopwatch,
     ) -> None:
         decoder = self._decoder = backbone.decoder
-        if steps > decoder.max_positions:
-            raise ValueError(f"`max_new_tokens` must not pass the decoder's {decoder.max_positions}, got {steps}")
+        if positions > decoder.max_positions:
+            raise ValueError(
+                f"`max_new_tokens` (and the decoder prompt) must not pass the decoder's {decoder.max_positions} "
+                f"positions, got {positions}"
+            )
         self._exits, self._processors, self._watch = exits, processors, stopwatch
         self._memory, self._memory_mask = memory_BSD, memory_mask
         self.num_layers = decoder.num_layers
         self.batch = memory_BSD.shape[0]
         new = memory_BSD.new_empty
-        kv_shape = (decoder.num_layers + 1, self.batch, decoder.num_heads, steps, decoder.head_dim)
+        kv_shape = (decoder.num_layers + 1, self.batch, decoder.num_heads, positions, decoder.head_dim)
         self._keys, self._values = new(kv_shape), new(kv_shape)
-        self.states = new(decoder.num_layers + 1, self.batch, steps, decoder.width)
-        self.ids = torch.zeros(self.batch, steps + 1, dtype=torch.long, device=memory_BSD.device)
+        self.states = new(decoder.num_layers + 1, self.batch, positions, decoder.width)
+        self.ids = torch.zeros(self.batch, positions + 1, dtype=torch.long, device=memory_BSD.device)
         self._memory_kv: list[tuple[Tensor, Tensor] | None] = [None] * (decoder.num_layers + 1)
         self._projected: list[set[int]] = [set() for _ in range(decoder.num_layers + 1)]
         self._logits: dict[int, tuple[list[int], Tensor]] = {}
         self._streaks: dict[int, tuple[int, int]] = {}
 
-    def embed(self, rows: Sequence[int], position: int, tokens: Sequence[int]) -> None:
+    def embed(self, rows: Sequence[int], first: int, tokens: Sequence[Sequence[int]]) -> None:
         """Write the states that enter layer 1."""
         with self._watch.part("embed"):
             index = self._index(rows)
-            new = torch.tensor(tokens, device=self.ids.device)
-            self.ids[index, position] = new
-            self.states[0, index, position] = self._decoder.embed(new[:, None], position)[:, 0]
+            new_Rm = torch.tensor(tokens, device=self.ids.device)
+            block = slice(first, first + new_Rm.shape[1])
+            self.ids[index, block] = new_Rm
+            self.states[0, index, block] = self._decoder.embed(new_Rm, first)
             self._logits.clear()
             self._streaks.clear()
 

@@ -23,6 +23,7 @@ from lightning_mue.training.supervised import (
     exit_result,
     run_streams,
     supervise,
+    teacher_forced,
 )
 from lightning_mue.training.supervision import Supervision
 
@@ -92,9 +93,11 @@ def propagated_loss(
     """
     assert step.token_seed is not None
     layers = decoder_exits(backbone, exits)
-    depth_BT = sample_token_depths(layers, labels_BT.shape, step.token_seed).to(labels_BT.device)
-    states, _ = run_streams(backbone, exits, inputs, labels_BT, step.depths, depth_BT)
+    ids_BT, labels_BT = teacher_forced(backbone, inputs, labels_BT)
     counts_BT = labels_BT != IGNORE
+    depth_BT = sample_token_depths(layers, labels_BT.shape, step.token_seed).to(labels_BT.device)
+    depth_BT = depth_BT.masked_fill(~counts_BT, layers[-1])  # a decoder prompt is always computed
+    states, _ = run_streams(backbone, exits, inputs, ids_BT, step.depths, depth_BT)
     losses = []
     for k, weight in zip(layers, exit_weights(how.weighting, layers), strict=True):
         here_BT = counts_BT & (depth_BT == k)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mue.backbones import Backbone
+from lightning_mue.backbones.prompt import IGNORE, prompt_lengths
 from lightning_mue.backbones.stream import Inputs, causal_mask
 from lightning_mue.exits import Exits
 from lightning_mue.training.losses import divergence
-
-IGNORE = -100
 
 
 @dataclass
@@ -92,12 +92,13 @@ def supervise(
         backbone: the model's streams.
         exits: its exits.
         inputs: the backbone's own.
-        labels_BT: target tokens, -100 where none counts.
+        labels_BT: target tokens, the answer's alone; -100 where none counts.
         depths: stream name -> depth; full depth where not named.
         at: decoder layers whose results are wanted; all exits and the last layer if not given.
         distill_temperature: compare the exits with the last one at this temperature; None does not.
     """
-    states, streams = run_streams(backbone, exits, inputs, labels_BT, depths)
+    ids_BT, labels_BT = teacher_forced(backbone, inputs, labels_BT)
+    states, streams = run_streams(backbone, exits, inputs, ids_BT, depths)
     teacher, last = None, backbone.decoder.num_layers
     if distill_temperature is not None:
         logits_NV = exit_logits(backbone, exits, last, states[last][labels_BT != IGNORE]).detach()
@@ -114,14 +115,12 @@ def run_streams(
     backbone: Backbone,
     exits: Exits,
     inputs: Inputs,
-    labels_BT: Tensor,
+    ids_BT: Tensor,
     depths: Mapping[str, int],
     depth_BT: Tensor | None = None,
 ) -> tuple[list[Tensor], dict[str, StreamStates]]:
     """Run everything but the heads; return the decoder's states after every layer and the other streams' at exits."""
-    settings = backbone.decode_settings(None)
     memory_BSD, streams = encode(backbone, exits, inputs, depths)
-    ids_BT = shift_right(labels_BT, settings.start_id, settings.pad_id)
     return decoder_states(backbone, memory_BSD, backbone.memory_mask(inputs), ids_BT, depth_BT), streams
 
 
@@ -167,6 +166,20 @@ def decoder_states(
         h_BTD = decoder.layer(k, states[-1], memory_BSD, mask, memory_mask)
         states.append(h_BTD if depth_BT is None else torch.where((depth_BT >= k)[..., None], h_BTD, states[-1]))
     return states
+
+
+def teacher_forced(backbone: Backbone, inputs: Inputs, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the decoder's input tokens and, at the same positions, the target tokens: -100 where none counts.
+
+    Where there is a ``decoder_prompt``, each row's answer follows its prompt, whose tokens are no targets.
+    """
+    settings, whole_BT = backbone.decode_settings(None), labels_BT
+    if (prompt_BP := inputs.get("decoder_prompt")) is not None:
+        rows = [torch.cat([prompt[prompt >= 0], row]) for prompt, row in zip(prompt_BP, labels_BT, strict=True)]
+        whole_BT = pad_sequence(rows, batch_first=True, padding_value=IGNORE)
+        at_BT = torch.arange(whole_BT.shape[1], device=whole_BT.device)
+        labels_BT = whole_BT.masked_fill(at_BT < prompt_lengths(prompt_BP)[:, None], IGNORE)
+    return shift_right(whole_BT, settings.start_id, settings.pad_id), labels_BT
 
 
 def shift_right(labels_BT: Tensor, start_id: int, pad_id: int) -> Tensor:

@@ -30,7 +30,15 @@ def build_trace(n=300, steps=6, seed=0, clusters=None, difficulty=0.1):
     }
     names = [f"s{i:05d}" for i in range(n)]
     groups = names if clusters is None else [f"c{i % clusters:05d}" for i in range(n)]
-    return Trace(names, groups, full, lengths, streams, {"metric": "accuracy", "fingerprint": "abc"})
+    return Trace(
+        names,
+        groups,
+        full,
+        lengths,
+        np.zeros(len(names), dtype=np.int64),
+        streams,
+        {"metric": "accuracy", "fingerprint": "abc"},
+    )
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from transformers import BatchEncoding
 
 from lightning_mue import CalibrateExits, CollectTrace, ExitPolicy
 from lightning_mue.callbacks.batch_keys import BatchKeys
+from lightning_mue.callbacks.batches import single
 from tests import zoo
 
 from .conftest import BATCH, TOKENS, Foreign
@@ -201,3 +202,14 @@ def test_named_references_are_scored_with_the_modules_own_processor(make_trainer
         texts = Words().batch_decode(sequences[:, 1:], True)
         tokens |= {n: float(a == t) for n, a, t in zip(batch["sample_id"], batch["answer"], texts, strict=True)}
     assert dict(zip(collect.trace.sample_ids, collect.trace.full_score, strict=True)) == tokens
+
+
+def test_a_row_alone_has_no_padding_and_a_prompt_may_be_missing():
+    prompt = torch.tensor([[5, 6, -100], [7, 8, 9], [-100, -100, -100]])
+    wanted = (*WANTED, "decoder_prompt")
+    found = BatchKeys().read(tensors() | {"decoder_prompt": prompt}, wanted)
+    assert [single(found, row)["decoder_prompt"].tolist() for row in range(3)] == [[[5, 6]], [[7, 8, 9]], [[]]]
+    assert len(set(found["sample_id"])) == 3
+    other = BatchKeys().read(tensors() | {"decoder_prompt": prompt.clamp(max=8)}, wanted)
+    assert [a == b for a, b in zip(found["sample_id"], other["sample_id"], strict=True)] == [True, False, True]
+    assert "decoder_prompt" not in BatchKeys().read(tensors(), wanted)

@@ -36,6 +36,9 @@ class TinyProcessor:
     def labels(self, text):
         return self._pad([[*self.tokenizer.encode(line).ids, 2] for line in text], -100)
 
+    def decoder_prompts(self, text):
+        return self._pad([self.tokenizer.encode(line).ids for line in text], -100).long()
+
     def decode(self, sequences):
         return [self.tokenizer.decode(row.clamp(min=0).tolist()).strip() for row in sequences]
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_mue.data import ShardsDataModule
 
-from .conftest import TinyProcessor, vqa_members, write_tar
+from .conftest import TinyProcessor, png, vqa_members, write_tar
 
 pytestmark = pytest.mark.usefixtures("tiny_processor")
 
@@ -226,3 +227,31 @@ def test_the_real_processor_fits(folder, monkeypatch):
         kept = row[row != -100]
         assert kept[-1] == 2
         assert data.processor.decode(kept[None, :-1])[0] in batch["references"][k]
+
+
+def test_statements_to_match_come_as_decoder_prompts(tmp_path):
+    """Padded with -100 on the right; the tokenizer knows their words, the fingerprint and the closed answers too."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    texts = ["a red dog", "two green cats run", "bird"]
+    members = []
+    for k in range(4):
+        record = {"id": f"m{k}", "refs": [texts[k % 3]], "negatives": [texts[(k + 1) % 3]]}
+        members += [(f"m{k}.json", record), (f"m{k}.png", png())]
+    write_tar(folder / "train-000.tar", members)
+    write_tar(folder / "val-000.tar", members)
+    data = ShardsDataModule(str(folder), "match", batch_size=8, image_size=8, vocab_size=300, select=0.5)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    prompts = batch["decoder_prompt"]
+    assert data.processor.decode(prompts) == [
+        texts[(int(name[1]) + (name[3] == "n")) % 3] for name in batch["sample_id"]
+    ]
+    lengths = (prompts >= 0).sum(1)
+    assert ((prompts >= 0) == (torch.arange(prompts.shape[1]) < lengths[:, None])).all()
+    assert len(lengths.unique()) > 1
+    assert data.closed_answers == ["no", "yes"]
+    before = data.calibration_fingerprint
+    sample = data.calibration_samples.samples[0]
+    data.calibration_samples.samples[0] = dataclasses.replace(sample, decoder_prompt="another")
+    assert data.calibration_fingerprint != before

@@ -27,6 +27,18 @@ def test_statement_from_each_kind_of_record():
     assert STATEMENT_WORDS == ("no", "yes", "maybe")
 
 
+def test_a_statement_to_match_is_read_by_the_decoder():
+    record = {"id": "f", "refs": ["A dog .", "Dogs"], "negatives": ["A cat ."]}
+    made = make_samples(record, None, "match")
+    assert [(s.sample_id, s.decoder_prompt, s.references) for s in made] == [
+        ("f#r0", "A dog", ["yes"]),
+        ("f#r1", "Dogs", ["yes"]),
+        ("f#n0", "A cat", ["no"]),
+    ]
+    assert {s.prompt for s in made} == {s.prompt for s in make_samples(record, None, "caption")}
+    assert {s.decoder_prompt for task in ("statement", "caption") for s in make_samples(record, None, task)} == {""}
+
+
 def test_caption_and_reading():
     (caption,) = make_samples({"id": "c", "refs": ["one .", "two ."]}, None, "caption")
     assert caption.references == ["one .", "two ."]
@@ -45,6 +57,7 @@ def test_caption_and_reading():
         ({"id": "p1", "refs": ["a"]}, "vqa", "'p1'.*'qa' is missing"),
         ({"id": "p1", "qa": 3}, "vqa", "'p1'.*wrong form"),
         ({"id": "p1", "text": "a", "label": 7}, "statement", "'p1'.*label.*7"),
+        ({"id": "p1", "text": "a", "label": 2}, "match", "'p1'.*s0 is neither true nor false"),
         ({"refs": ["a"]}, "caption", "`id`"),
         ({"id": "p1", "refs": ["a"]}, "captions", "`task` must be one of"),
     ],

@@ -35,7 +35,7 @@ def with_shortlist(name, size, ids=None):
 
 def log_odds(p):
     """What a gate sees of probabilities, by definition; the random models here are never surer than its ends."""
-    assert p.min() > 1e-6 and p.max() < 1 - 1e-6
+    assert 1e-6 < p.min() < p.max() < 1 - 1e-6
     return (p / (1 - p)).log()
 
 

@@ -87,6 +87,13 @@ def test_answers_as_text(talking_model, make_processor, tmp_path):
     assert answers == expected.answer(pictures, prompts, max_new_tokens=4)
     assert len(answers) == 2
     assert all(isinstance(text, str) for text in answers)
+    given = engine.answer(pictures, prompts, 4, ["a red", ""])
+    assert given[0] == engine.answer(pictures[:1], prompts[:1], 4, ["a red"])[0]
+    assert given[1] == answers[1]
+    one = engine.processor(pictures[:1], prompts[:1])
+    ids = torch.tensor([[2, *engine.processor.tokenizer("a red", add_special_tokens=False)["input_ids"]]])
+    plain = engine.model.generate(**one, decoder_input_ids=ids, max_new_tokens=4, num_beams=1, do_sample=False)
+    assert given[0] == engine.processor.decode(plain[:, ids.shape[1] :])[0]
 
 
 def test_a_transformers_processor_will_do(talking_model, make_processor, tmp_path):
@@ -100,8 +107,10 @@ def test_answer_needs_a_processor_and_as_many_prompts(bundle_once, talking_model
     engine = ExitEngine(talking_model, ExitPolicy.full_depth(), processor=make_processor())
     with pytest.raises(ValueError, match="one text for each of 1 images, got 2"):
         engine.answer([Image.new("RGB", (8, 8))], ["a", "b"])
-    with pytest.raises(ValueError, match="got one text"):
+    with pytest.raises(ValueError, match=r"`prompts` must .*got one text"):
         engine.answer([Image.new("RGB", (8, 8))], "a")
+    with pytest.raises(ValueError, match=r"`decoder_prompts` must .*got 2"):
+        engine.answer([Image.new("RGB", (8, 8))], ["a"], decoder_prompts=["a", "b"])
 
 
 def test_the_card_says_promise_policy_and_use(tmp_path):
