@@ -50,7 +50,8 @@ class Processor:
 
     def decoder_prompts(self, text: Sequence[str]) -> Tensor:
         """Return the token ids of decoder prompts, without start and end tokens, padded with -100: ``[B, P]``."""
-        rows = [torch.tensor(row) for row in self.tokenizer(list(text), add_special_tokens=False)["input_ids"]]
+        ids = self.tokenizer(list(text), add_special_tokens=False)["input_ids"]
+        rows = [torch.tensor(row, dtype=torch.long) for row in ids]  # an empty row would be made of floats
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
     def decode(self, sequences: Tensor) -> list[str]:

@@ -90,6 +90,7 @@ def test_answers_as_text(talking_model, make_processor, tmp_path):
     given = engine.answer(pictures, prompts, 4, ["a red", ""])
     assert given[0] == engine.answer(pictures[:1], prompts[:1], 4, ["a red"])[0]
     assert given[1] == answers[1]
+    assert engine.answer(pictures[::-1], prompts[::-1], 4, ["", "a red"]) == given[::-1]
     one = engine.processor(pictures[:1], prompts[:1])
     ids = torch.tensor([[2, *engine.processor.tokenizer("a red", add_special_tokens=False)["input_ids"]]])
     plain = engine.model.generate(**one, decoder_input_ids=ids, max_new_tokens=4, num_beams=1, do_sample=False)
