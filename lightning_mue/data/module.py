@@ -17,7 +17,7 @@ from lightning_mue.data.augment import AUGMENTATIONS, Augmentation
 from lightning_mue.data.loader import BatchLoader, EncodedBatches, Processor, eval_batches, train_batches
 from lightning_mue.data.shards import BadSamples, OnBad, find_shards
 from lightning_mue.data.store import SampleStore, limited, read_samples
-from lightning_mue.data.tasks import CLOSED_ANSWERS, cluster_point, split_of
+from lightning_mue.data.tasks import STATEMENT_WORDS, cluster_point, split_of
 from lightning_mue.data.tokenizer import train_tokenizer
 from lightning_mue.inference.answers import only_answers
 
@@ -155,8 +155,7 @@ class ShardsDataModule(LightningDataModule):
     @property
     def closed_answers(self) -> list[str] | None:
         """The only answers there are to statements; None where answers are free."""
-        answers = CLOSED_ANSWERS.get(self.hparams["task"])
-        return None if answers is None else list(answers)
+        return list(STATEMENT_WORDS) if self.hparams["task"] in ("statement", "match") else None
 
     def answer_constraint(self, end_id: int) -> Callable[[int, Tensor], list[int]] | None:
         """Return the constraint of decoding to the closed answers (``prefix_allowed_tokens_fn``); None where free."""

@@ -250,7 +250,7 @@ def test_statements_to_match_come_as_decoder_prompts(tmp_path):
     lengths = (prompts >= 0).sum(1)
     assert ((prompts >= 0) == (torch.arange(prompts.shape[1]) < lengths[:, None])).all()
     assert len(lengths.unique()) > 1
-    assert data.closed_answers == ["no", "yes"]
+    assert data.closed_answers == ["no", "yes", "maybe"]
     before = data.calibration_fingerprint
     sample = data.calibration_samples.samples[0]
     data.calibration_samples.samples[0] = dataclasses.replace(sample, decoder_prompt="another")

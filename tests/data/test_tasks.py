@@ -57,7 +57,6 @@ def test_caption_and_reading():
         ({"id": "p1", "refs": ["a"]}, "vqa", "'p1'.*'qa' is missing"),
         ({"id": "p1", "qa": 3}, "vqa", "'p1'.*wrong form"),
         ({"id": "p1", "text": "a", "label": 7}, "statement", "'p1'.*label.*7"),
-        ({"id": "p1", "text": "a", "label": 2}, "match", "'p1'.*s0 is neither true nor false"),
         ({"refs": ["a"]}, "caption", "`id`"),
         ({"id": "p1", "refs": ["a"]}, "captions", "`task` must be one of"),
     ],
