@@ -1,22 +1,19 @@
 """Decoder prompts: invariants 2 to 5, 7 and 8 where each row is given tokens of its own before it answers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 from lightning_mue.backbones import view
 from lightning_mue.calibration.simulate import simulate
-from lightning_mue.exits import attached
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.compare import transformers_variant
 from lightning_mue.inference.record import record
+from lightning_mue.inference.torch_executor import TorchExecutor
+from lightning_mue.latency import DecoderLatency
 from lightning_mue.policy import KV_FILLS, ExitPolicy, ExitRule
-from lightning_mue.training.depths import Step
-from lightning_mue.training.gates import decoder_gate_logits, own_path
-from lightning_mue.training.objective import objective
-from lightning_mue.training.supervised import supervise
-from lightning_mue.training.supervision import Supervision
 from tests import reference, zoo
 from tests.invariants.policies import STEPS, encoder_rules, generate, random_depths
 from tests.invariants.test_simulator import LATENCY
@@ -24,6 +21,7 @@ from tests.invariants.test_simulator import LATENCY
 BACKBONES = list(zoo.BACKBONES)
 LENGTHS = (4, 1, 7, 0)
 ROWS = len(LENGTHS)
+NOTHING = DecoderLatency((1, 4), (0.0, 0.0), 0.0, 0.0)
 
 
 def prompted(name, seed=0):
@@ -206,6 +204,7 @@ def test_a_prompt_is_computed_under_every_fill(name, fill):
     assert found.filled > 0
     same, _ = generate(model, ExitPolicy(kv_fill=fill, backlog=STEPS), tensors, depths)
     assert same.sequences.tolist() == exact.sequences.tolist()
+    assert (same.pairs, same.filled) == (exact.pairs, 0)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -230,53 +229,40 @@ def test_the_simulator_says_what_the_engine_does(name):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_training_teaches_the_answer_after_the_prompt(name):
-    model, tensors = zoo.make(name), prompted(name)
-    labels = torch.randint(5, zoo.VOCABULARY, (ROWS, 3), generator=torch.Generator().manual_seed(3))
-    labels[1, 2] = labels[3, 1:] = -100
-    found = supervise(view(model), attached(model), tensors, labels, {})
-    losses, tokens = {k: [] for k in found.results}, {k: [] for k in found.results}
-    for row in range(ROWS):
-        one, given = alone(tensors, row)
-        del one["decoder_prompt"]
-        answer = labels[row][labels[row] >= 0]
-        states, logits = reference.decoder_states(model, one, torch.cat([given, answer[None, :-1]], 1))
-        for k in found.results:
-            at = logits if k == view(model).decoder.num_layers else reference.exit_logits(model, k, states[k])
-            losses[k].append(cross_entropy(at[0, LENGTHS[row] :], answer, reduction="none"))
-            tokens[k] += at[0, LENGTHS[row] :].argmax(-1).tolist()
-    for k, result in found.results.items():
-        torch.testing.assert_close(result.loss, torch.cat(losses[k]).mean(), rtol=1e-4, atol=1e-4)
-        assert result.tokens_N.tolist() == tokens[k]
+def test_steps_are_counted_from_the_first_answer_token(name):
+    model, tensors = zoo.shared(name), prompted(name)
+    layers = zoo.exit_layers(name)["decoder"]
+    rule = ExitRule("confidence", layers, [0.0] * len(layers), from_step=2)
+    out, executor = generate(model, ExitPolicy({"decoder": rule}), tensors)
+    for depths in out.exit_depths["decoder"]:
+        taken = depths[depths > 0].tolist()
+        assert taken == [executor.num_layers] * min(2, len(taken)) + [layers[0]] * max(0, len(taken) - 2)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_gates_learn_along_the_models_own_answer(name):
-    """On its own path every exit's state, and so every gate's logit, is the engine's."""
-    model, tensors = zoo.make(name), prompted(name)
-    found, trace = own_path(view(model), attached(model), tensors), recorded(model, tensors)
-    logits = decoder_gate_logits(view(model), attached(model), found)
-    taken = np.arange(trace.streams["decoder"].agree.shape[1]) < trace.lengths[:, None]
-    for e, k in enumerate(zoo.exit_layers(name)["decoder"]):
-        expected = torch.from_numpy(trace.streams["decoder"].scores["gate"][taken][:, e])
-        torch.testing.assert_close(logits[k].detach().sigmoid(), expected, rtol=1e-4, atol=1e-4)
-        assert found.agrees(k).tolist() == trace.streams["decoder"].agree[taken][:, e].tolist()
+def test_simulated_time_is_that_of_the_blocks_that_run(name, monkeypatch):
+    model, tensors = zoo.shared(name), prompted(name)
+    policy = ExitPolicy({"decoder": gate_policy(model, name, tensors).rules["decoder"]})
+    cost = DecoderLatency((1, 4), (1.0, 2.0), 0.3, 0.0, {"gate": 0.0})
+    found = simulate(recorded(model, tensors), policy, replace(LATENCY, decoder=cost))
+    others = simulate(recorded(model, tensors), ExitPolicy.full_depth(), replace(LATENCY, decoder=NOTHING)).ms
+    blocks, run_layer = [], TorchExecutor.run_layer
 
+    def noting(self, layer, rows, first, last):
+        blocks.append((layer, last - first))
+        run_layer(self, layer, rows, first, last)
 
-def test_propagated_states_leave_the_prompt_alone():
-    """Answers of one token have nothing to copy: the mean over depths is the plain loss, whatever the prompts."""
-    model, tensors = zoo.make("florence2"), prompted("florence2")
-    labels = torch.randint(5, zoo.VOCABULARY, (ROWS, 1), generator=torch.Generator().manual_seed(3))
-    last, how = view(model).decoder.num_layers, Supervision(propagate=1.0, weighting="sum", gate_weight=0.0)
-    exact = supervise(view(model), attached(model), tensors, labels, {}).results
-    # One answer token: nothing is copied, so the mean over seeds is the plain sum of the exits' losses.
-    seeds = range(200)
-    step = lambda seed: Step(token_seed=seed)  # noqa: E731
-    with torch.no_grad():
-        found = [objective(view(model), attached(model), tensors, labels, step(s), how).total for s in seeds]
-    expected = sum(float(r.loss) for r in exact.values())
-    assert torch.stack(found).mean().item() == pytest.approx(expected, rel=0.1)
-    assert last in exact
+    monkeypatch.setattr(TorchExecutor, "run_layer", noting)
+    seen = 0
+    for row in range(ROWS):
+        blocks.clear()
+        depths = found.depths["decoder"][row]
+        out, _ = generate(model, ExitPolicy.full_depth(), alone(tensors, row)[0], forced=[depths.tolist()])
+        if out.exit_depths["decoder"][0].tolist() == depths[depths > 0].tolist():  # other tokens may end elsewhere
+            seen += 1
+            of_layers = sum(float(cost.layer_cost(np.array(m))) for _, m in blocks) + 0.3 * len({k for k, _ in blocks})
+            assert found.ms[row] == pytest.approx(others[row] + of_layers)
+    assert seen
 
 
 @pytest.mark.parametrize(
