@@ -22,7 +22,11 @@ from lightning_mue.policy import ExitPolicy, ExitRule, chain_hash
 from lightning_mue.trace import Trace
 
 FEWER = 6
-"""Combinations of fewer streams that are decoded beside the chain before it is fixed."""
+"""Combinations of fewer streams that are decoded beside the chain before it is fixed; as many of static depths."""
+
+BOLD = 2.0
+"""Static depths are decoded up to so many times the allowed loss as predicted: they cost nothing to decide, and where
+streams do the same harm, which simulation counts twice, they may be all that is needed."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Proposal:
             certify split is seen.
         frontier: candidates that no other beats in both predicted risk and ms, from safe to bold.
         statics: full depth first, then every static depth of each single stream; for the report.
-        worth_decoding: the chain, and the best of fewer streams; for `rehearse`.
+        worth_decoding: the chain, the best of fewer streams, and of static depths; for `rehearse`.
         metric: of the promise.
         keep: of the promise.
         confidence_level: of the promise.
@@ -118,7 +122,9 @@ def propose(
     frontier = frontier_of([*judged, *statics])
     chain = chain_of(frontier, statics[0].ms)
     few = [_evaluate(trace, choice, judge) for choice in _fewer_streams(options, full, 0.5 * judge.allowed)]
-    worth_decoding = [*chain, *(c for c in few if c.policy not in [link.policy for link in chain])]
+    static = [_evaluate(trace, choice, judge) for choice in _static_depths(options)]
+    bold = [candidate for candidate in static if candidate.used <= BOLD and candidate.policy.rules]
+    worth_decoding = list({c.policy.to_json(): c for c in (*chain, *few, *bold[:FEWER])}.values())
     return Proposal(chain, frontier, statics, worth_decoding, metric, keep, confidence_level)
 
 
@@ -164,6 +170,14 @@ def _fewer_streams(
                 found.append((sum(option.ms for option in choice.values()), choice))
     found.sort(key=lambda pair: pair[0])
     return [choice for _, choice in found[:FEWER]]
+
+
+def _static_depths(options: dict[str, list[_Option]]) -> list[dict[str, _Option]]:
+    """Return the combinations of static depths that no other beats in summed risk and ms, from fast to slow."""
+    fixed = [[o for o in of_stream if o.rule is None or o.rule.signal == "static"] for of_stream in options.values()]
+    grid, risk, ms = _grid(fixed)
+    front = sorted(pareto(risk, ms), key=ms.__getitem__)
+    return [dict(zip(options, grid[i], strict=True)) for i in front]
 
 
 def _front(of_stream: list[_Option]) -> list[_Option]:

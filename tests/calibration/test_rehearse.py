@@ -8,7 +8,7 @@ import pytest
 from lightning_mue.calibration import Decoded, p_value, propose, rehearse, simulate
 from lightning_mue.calibration.candidates import CAUTION
 from lightning_mue.calibration.dials import stream_options
-from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy import ExitPolicy, ExitRule
 
 KEEP = 0.9
 
@@ -75,7 +75,8 @@ def test_fewer_streams_are_worth_decoding_too(trace, latency):
     proposal = propose(trace, latency, "accuracy", KEEP, 0.95)
     links = [link.policy for link in proposal.chain]
     assert [c.policy for c in proposal.worth_decoding[: len(links)]] == links
-    few = [c for c in proposal.worth_decoding if c.policy not in links]
+    more = [c for c in proposal.worth_decoding if c.policy not in links]
+    few = [c for c in more if any(rule.signal != "static" for rule in c.policy.rules.values())]
     assert {len(c.policy.rules) for c in few} == {1, 2}
     assert all(c.used < 1 for c in few)
     for c in few:
@@ -85,6 +86,27 @@ def test_fewer_streams_are_worth_decoding_too(trace, latency):
             allowed = [rule for rule in options if half_used(trace, ExitPolicy({name: rule}), latency) <= 0.5]
             times = [simulate(trace, ExitPolicy({name: rule}), latency).ms.mean() for rule in allowed]
             assert c.ms == pytest.approx(min(times))
+
+
+def test_static_depths_are_worth_decoding_even_bold_ones(trace, latency):
+    """The fastest that no other beats in summed risk and time, up to twice the allowed loss; by trying all of them."""
+    trace.streams["vision"].score_at[:, 0], trace.streams["vision"].same_at[:, 0] = 0.0, False
+    proposal = propose(trace, latency, "accuracy", KEEP, 0.95)
+    rules = [[None, *map(ExitRule.static, trace.streams[name].layers)] for name in sorted(trace.streams)]
+    found = []
+    for choice in itertools.product(*rules):
+        named = {name: rule for name, rule in zip(sorted(trace.streams), choice, strict=True) if rule}
+        policy = ExitPolicy(named)
+        alone = sum(half_used(trace, ExitPolicy({name: rule}), latency) for name, rule in named.items())
+        found.append((simulate(trace, policy, latency).ms.mean(), alone, half_used(trace, policy, latency), named))
+    front = [a for a in found if not any(b[:2] != a[:2] and b[0] <= a[0] and b[1] <= a[1] for b in found)]
+    wanted = [named for _, _, used, named in sorted(front, key=lambda f: f[0]) if used <= 2 and named]
+    decoded = [dict(c.policy.rules) for c in proposal.worth_decoding]
+    assert len(wanted) > 1
+    assert all(named in decoded for named in wanted[:6])
+    bolder = [named for _, _, used, named in front if used > 2]
+    assert bolder
+    assert not any(named in decoded for named in bolder)
 
 
 def test_other_samples_are_refused(trace, latency):

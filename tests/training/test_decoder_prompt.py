@@ -1,5 +1,7 @@
 """Training where the decoder is given a prompt: answers follow it, and it is never left early."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
