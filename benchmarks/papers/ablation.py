@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no adapters": {"exits.adapter": "none"},
     "linear adapters": {"exits.adapter": "linear"},
     "gates without class balance": {"gate_balance": False},
+    "gates at a tenth of their rate": {"gate_learning_rate": 3e-4},
     "gates on references alone": {"own_path": 0.0},
     "gates on own path, 25 % of steps": {"own_path": 0.25},
     "gates see no shortlist": {"exits.shortlist": 0},
