@@ -33,6 +33,9 @@ class MultiExitSupervision(L.Callback):
     outputs are untouched. The exits are a submodule of the model, so that ``configure_optimizers`` sees them. In a
     checkpoint they lie in this callback's state, and ``state_dict`` is that of the project without exits.
 
+    Gates begin from nothing and want a higher learning rate than a pretrained backbone: give the optimizer
+    ``self.net.mue_exits.gates.parameters()`` as a group of its own (3e-3 under Adam), or they stay weak.
+
     Args:
         model: attribute of the LightningModule that holds the backbone, such as ``net`` or ``model.net``; made in
             ``__init__`` or ``configure_model``.
