@@ -255,3 +255,35 @@ def test_statements_to_match_come_as_decoder_prompts(tmp_path):
     sample = data.calibration_samples.samples[0]
     data.calibration_samples.samples[0] = dataclasses.replace(sample, decoder_prompt="another")
     assert data.calibration_fingerprint != before
+
+
+def test_other_tasks_train_beside_and_are_nowhere_else(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    members = []
+    for k in range(40):
+        members += [
+            (f"m{k}.json", {"id": f"m{k}", "refs": ["a dog", "dogs"], "negatives": ["a cat"]}),
+            (f"m{k}.png", png()),
+        ]
+    write_tar(folder / "train-000.tar", members)
+    write_tar(folder / "val-000.tar", members)
+    options = {"batch_size": 16, "image_size": 8, "vocab_size": 300, "holdout": 0.3}
+    alone = ShardsDataModule(str(folder), "match", **options)
+    data = ShardsDataModule(str(folder), "match", also=["caption"], **options)
+    trained = {s.sample_id for s in data.train_samples.samples}
+    before = {s.sample_id for s in alone.train_samples.samples}
+    pictures = {name.partition("#")[0] for name in before}
+    assert trained == before | {f"{picture}#c0" for picture in pictures}
+    for part in ("selection_samples", "calibration_samples", "test_samples"):
+        assert getattr(data, part).samples == getattr(alone, part).samples
+    assert data.calibration_fingerprint == alone.calibration_fingerprint
+    assert data.closed_answers == alone.closed_answers
+    for batch in data.train_dataloader():
+        for name, prompt, label in zip(batch["sample_id"], batch["decoder_prompt"], batch["labels"], strict=True):
+            is_caption = name.endswith("#c0")
+            assert ((prompt >= 0).sum() == 0) == is_caption
+            said = data.processor.decode(label[label >= 0][None])[0].replace("</s>", "").strip()
+            assert said in (("a dog", "dogs") if is_caption else ("yes", "no"))
+    with pytest.raises(ValueError, match="`task` must be one of"):
+        _ = ShardsDataModule(str(folder), "match", also=["captions"], **options).train_samples
