@@ -28,8 +28,8 @@ class Answers:
         texts: what was said.
         depths: stream name -> exit depths of all samples (decoder: of all tokens).
         by_row: batch -> row -> decoder depth of each token.
-        computed: mean decoder layers computed per token (pairs / tokens).
-        filled: mean layers per token whose K/V were made up.
+        computed: mean decoder layers computed per position, those of decoder prompts among them.
+        filled: mean layers per position whose K/V were made up.
         layers_saved: MuE's "expected time reduction": the share of encoder and decoder layers not run, weighted by
             tokens; it counts no vision tower, no catching up and no signal (Tang et al. 2023, section 4.1).
     """
@@ -108,15 +108,15 @@ def answer(
         done(len(said))
     depths = {stream: [o.exit_depths[stream].cpu() for o in found] for stream in found[0].exit_depths}
     by_row = [[row[row > 0].tolist() for row in depth_BT] for depth_BT in depths["decoder"]]
-    tokens = sum(len(row) for rows in by_row for row in rows)
+    positions = sum(len(row) for rows in by_row for row in rows) + sum(int(o.prompt_lengths.sum()) for o in found)
     return Answers(
         scores=np.array(scores),
         clusters=clusters,
         texts=texts,
         depths={stream: torch.cat([d[d > 0].flatten() for d in parts]).numpy() for stream, parts in depths.items()},
         by_row=by_row,
-        computed=sum(o.pairs for o in found) / tokens,
-        filled=sum(o.filled for o in found) / tokens,
+        computed=sum(o.pairs for o in found) / positions,
+        filled=sum(o.filled for o in found) / positions,
         layers_saved=_layers_saved(depths, num_layers(engine.backbone)),
     )
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_mue.callbacks.batches import Batch
 from lightning_mue.inference import ExitEngine
+from lightning_mue.inference.record import answer_positions
 from lightning_mue.policy import ExitPolicy
 
 
@@ -24,10 +25,11 @@ def oracle_depths(model: nn.Module, batches: Sequence[Batch], data: Any, layers:
             out, executor = engine.run(None, data.answer_constraint(end_id), False, batch)
             tokens_BT = out.sequences[:, 1:]
             depth_BT = torch.full_like(tokens_BT, executor.num_layers)
-            for position in range(tokens_BT.shape[1]):
+            for rows, step, position in answer_positions(out.prompt_lengths.numpy(), tokens_BT.shape[1]):
+                index = torch.from_numpy(rows).to(tokens_BT.device)
                 for k in sorted(layers, reverse=True):
-                    agrees = executor.exit_logits(k, slice(None), position).argmax(-1) == tokens_BT[:, position]
-                    depth_BT[agrees, position] = k
+                    agrees = executor.exit_logits(k, index, position).argmax(-1) == tokens_BT[index, step]
+                    depth_BT[index[agrees], step] = k
         taken = out.exit_depths["decoder"] > 0
         found.append([row[keep].tolist() for row, keep in zip(depth_BT, taken, strict=True)])
     return found

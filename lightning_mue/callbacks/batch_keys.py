@@ -66,7 +66,8 @@ class BatchKeys:
             raise ValueError(f"`inputs` is {self.inputs!r}, and {_words(batch)} has no such entry.")
         found = {name: _entry(holder, named.get(name, name)) for name in wanted}
         found = {name: value for name, value in found.items() if value is not None}
-        if missing := missing_inputs(wanted, found):
+        asked = [name for name in named if name in wanted and name not in found]
+        if missing := list(dict.fromkeys(missing_inputs(wanted, found) + asked)):
             raise ValueError(
                 f"The model needs {missing}, and {_words(holder)} has none under these names; say where they are, as "
                 f"in `inputs={{{missing[0]!r}: KEY}}`."

@@ -270,7 +270,13 @@ def _check_call(model: Any, wanted: tuple[str, ...], given: Mapping[str, Any]) -
     known = inspect.signature(model.forward).parameters.keys() - {*wanted, "labels"}
     if passed_over := [name for name in present if name in known and not isinstance(given[name], (bool, int))]:
         raise ValueError(
-            f"Deep supervision makes the decoder's inputs of `labels` and would pass over {passed_over}; leave it out."
+            f"Deep supervision makes the decoder's inputs of `labels` and would pass over {passed_over}; leave it out. "
+            "What the decoder reads before the answer is its `decoder_prompt`."
+        )
+    if "decoder_prompt" in present:
+        rank_zero_warn(
+            "`decoder_prompt`: training and our engine give it to the decoder, the model's own forward outside of "
+            "`training_step` passes it over."
         )
 
 

@@ -139,8 +139,9 @@ class EncodedBatches(Dataset[Batch]):
         batch["labels"] = self.processor.labels(labels)
         if any(sample.decoder_prompt for sample in samples):
             batch["decoder_prompt"] = self.processor.decoder_prompts([sample.decoder_prompt for sample in samples])
-        for name in ("sample_id", "cluster", "references", "level", "prompt"):
+        for name in ("sample_id", "cluster", "references", "level"):
             batch[name] = [getattr(sample, name) for sample in samples]
+        batch["prompt"] = [f"{sample.prompt} {sample.decoder_prompt}".rstrip() for sample in samples]
         return batch
 
     def label(self, epoch: int, index: int) -> str:

@@ -17,7 +17,7 @@ from lightning_mue.data.augment import AUGMENTATIONS, Augmentation
 from lightning_mue.data.loader import BatchLoader, EncodedBatches, Processor, eval_batches, train_batches
 from lightning_mue.data.shards import BadSamples, OnBad, find_shards
 from lightning_mue.data.store import SampleStore, limited, read_samples
-from lightning_mue.data.tasks import STATEMENT_WORDS, cluster_point, split_of
+from lightning_mue.data.tasks import STATEMENT_WORDS, check_also, cluster_point, split_of
 from lightning_mue.data.tokenizer import train_tokenizer
 from lightning_mue.inference.answers import only_answers
 
@@ -98,6 +98,7 @@ class ShardsDataModule(LightningDataModule):
                 raise ValueError(f"`{name}` must be at least 1, got {number}")
         if unknown := sorted(set(augment or ()) - set(AUGMENTATIONS)):
             raise ValueError(f"`augment` may name {list(AUGMENTATIONS)}, got {unknown}")
+        check_also(task, also)
         # Not for the logger: there it would clash with a module that has a `seed` of its own.
         self.save_hyperparameters(logger=False)
         self.bad = BadSamples(on_bad)
@@ -115,8 +116,7 @@ class ShardsDataModule(LightningDataModule):
     @cached_property
     def train_samples(self) -> SampleStore:
         """The samples that train."""
-        whole = self._train.joined(*(self._read("train", task) for task in self.hparams["also"] or ()))
-        return self._part(whole, "held out", False, "train") if self.hparams["holdout"] else whole
+        return self._part(self._train, "held out", False, "train") if self.hparams["holdout"] else self._train
 
     @cached_property
     def selection_samples(self) -> SampleStore:
@@ -127,7 +127,8 @@ class ShardsDataModule(LightningDataModule):
     def calibration_samples(self) -> SampleStore:
         """What every other run validates on: samples that no training and no choice of a checkpoint has seen."""
         if self.hparams["holdout"]:
-            samples = self._part(self._train, "held out", True, "calibration")
+            kept = self._part(self._train, "held out", True, "calibration")
+            samples = kept.where(lambda sample: sample.task == self.hparams["task"])
         else:
             samples = self._part(self._val, "select", False, "calibration")
         limit = self.hparams["calibration_limit"]
@@ -202,7 +203,8 @@ class ShardsDataModule(LightningDataModule):
             lengths = [len(dataset.label(epoch, k)) for k in range(len(store))] if by_length else None
             return train_batches(**shape, epoch=epoch, rank=rank, world=world, lengths=lengths)
 
-        name = str(shape | {"world": world} | ({"group_by_length": True} if by_length else {}))
+        more = {"group_by_length": by_length, "also": hparams["also"]}
+        name = str(shape | {"world": world} | {option: value for option, value in more.items() if value})
         return BatchLoader(dataset, plan, hparams["num_workers"], name=name)
 
     def val_dataloader(self) -> BatchLoader:
@@ -243,16 +245,17 @@ class ShardsDataModule(LightningDataModule):
     def _val(self) -> SampleStore:
         return self._read("val")
 
-    def _read(self, split: str, task: str | None = None) -> SampleStore:
+    def _read(self, split: str) -> SampleStore:
         hparams = self.hparams
         where = hparams[split] if hparams[split] is not None else self._train_folder()
         return read_samples(
             find_shards(where, split),
-            task or hparams["task"],
+            hparams["task"],
             self.bad,
             hparams["memory_limit_mb"],
             hparams["questions_per_picture"],
             f"{hparams['seed']}/questions",
+            (hparams["also"] or ()) if split == "train" else (),
         )
 
     def _train_folder(self) -> str:

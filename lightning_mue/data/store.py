@@ -47,11 +47,6 @@ class SampleStore:
             self.bad.meet(error)
             return None
 
-    def joined(self, *others: SampleStore) -> SampleStore:
-        """Return the samples of this store, then those of the others."""
-        stores = (self, *others)
-        return SampleStore([s for o in stores for s in o.samples], [p for o in stores for p in o.pictures], self.bad)
-
     def where(self, keep: Callable[[Sample], bool]) -> SampleStore:
         """Return the samples that ``keep`` says yes to, in the same order."""
         kept = [k for k, sample in enumerate(self.samples) if keep(sample)]
@@ -94,16 +89,18 @@ def read_samples(
     memory_limit_mb: float = 1000.0,
     questions_per_picture: int | None = None,
     salt: str = "",
+    also: Sequence[str] = (),
 ) -> SampleStore:
-    """Reads all samples of a task.
+    """Reads all samples of a task, and of others beside it.
 
     Args:
         shards: the tars, in order.
-        task: see ``make_samples``.
+        task: see ``make_samples``; it says what a picture's cluster is.
         bad: what to do with broken shards and samples.
         memory_limit_mb: pictures stay decoded in memory (3 bytes a pixel, in 10^6 bytes) until they fill this.
-        questions_per_picture: most samples of a picture, chosen by hash; None keeps all.
+        questions_per_picture: most samples of a picture and task, chosen by hash; None keeps all.
         salt: makes that choice another one.
+        also: the other tasks.
 
     Raises:
         ValueError: something is broken and ``bad`` refuses it, two samples have one id, or there is no sample.
@@ -114,13 +111,15 @@ def read_samples(
             image = decode(data, place.shard, place.key) if room > 0 else None
             if image is None:
                 verify(data, place.shard, place.key)
-            samples = _named_samples(record, image, task, place, seen)
+            by_task = [_named_samples(record, image, name, place, seen) for name in (task, *also)]
         except ValueError as error:
             bad.meet(error)
             continue
         room -= 3 * image.width * image.height if image else 0
-        seen.add(samples[0].sample_id)
-        store.samples += _few(samples, questions_per_picture, salt)
+        cluster = by_task[0][0].cluster
+        for samples in by_task:
+            seen.add(samples[0].sample_id)
+            store.samples += [replace(s, cluster=cluster) for s in _few(samples, questions_per_picture, salt)]
         store.pictures += [place] * (len(store.samples) - len(store.pictures))
     bad.warn(before)
     if not store.samples:

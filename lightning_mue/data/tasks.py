@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,17 @@ def make_samples(record: Record, image: Image.Image | None, task: str) -> list[S
         ) from error
     except ValueError as error:
         raise ValueError(f"task {task!r} cannot be made of sample {key!r}: {error}") from error
+
+
+def check_also(task: str, also: Sequence[str] | None) -> None:
+    """Look whether tasks can be trained beside another.
+
+    Raises:
+        ValueError: an unknown task, ``task`` itself, or one named twice.
+    """
+    names = also or []
+    if isinstance(names, str) or not {*names} <= {*_TASKS} - {task} or len({*names}) < len(names):
+        raise ValueError(f"`also` may name tasks of {sorted(_TASKS)} other than {task!r}, each once, got {also!r}")
 
 
 def split_of(cluster: str, fractions: Mapping[str, float], salt: str) -> str:

@@ -17,7 +17,8 @@ from lightning_mue.exits.attach import Exits, attach_exits, attached, detach_exi
 from lightning_mue.exits.config import ExitConfig
 from lightning_mue.files import write_bytes
 
-SCHEMA = 1
+SCHEMA = 2
+"""1: gates with a shortlist saw probabilities."""
 HEADER = "lightning_mue_exits"
 """Entry of the file's metadata: schema and config as JSON."""
 

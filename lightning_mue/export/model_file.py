@@ -16,7 +16,7 @@ from lightning_mue.exits import attach_exits, attached
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-SCHEMA = 1
+SCHEMA = 2
 
 
 def save_files(model: nn.Module, folder: Path, found: str) -> None:

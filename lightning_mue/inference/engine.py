@@ -48,7 +48,8 @@ class ExitOutput:
         exit_depths: stream name -> depths, ``[B]`` for streams left once per sample, ``[B, T]`` for the decoder
             (0 where a row had ended).
         layer_runs: stream name -> layer executions (calls).
-        pairs: computed (position, layer) pairs of the decoder.
+        prompt_lengths: tokens of each row's decoder prompt, ``[B]``.
+        pairs: computed (position, layer) pairs of the decoder, its prompts' among them.
         filled: pairs whose K/V were made up instead (other than just-in-time).
         timings: part -> milliseconds: one per stream, ``embed``, ``layers``, ``memory`` (cross-attention projection),
             ``signals``, ``head``, and ``total``; empty if they were not asked for.
@@ -57,6 +58,7 @@ class ExitOutput:
     sequences: Tensor
     exit_depths: dict[str, Tensor]
     layer_runs: dict[str, int]
+    prompt_lengths: Tensor
     pairs: int
     filled: int
     timings: dict[str, float]
@@ -127,7 +129,7 @@ class ExitEngine:
             decoder_prompts: as many texts that the decoder reads before it answers.
 
         Raises:
-            ValueError: the engine has no processor, or the numbers of pictures and prompts differ.
+            ValueError: the engine has no processor, or the numbers of pictures and of prompts of either kind differ.
         """
         if self.processor is None:
             raise ValueError("`answer` needs a processor and this engine has none; pass one, or use `generate`.")
@@ -166,6 +168,10 @@ class ExitEngine:
         """
         if asked := sorted(_NOT_GREEDY & set(inputs)):
             raise ValueError(f"The engine decodes greedily and does not do {asked}; leave them out.")
+        if "decoder_input_ids" in inputs:
+            raise ValueError(
+                "The engine takes `decoder_prompt [B, P]`, without the start token, for `decoder_input_ids`."
+            )
         inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
         if max_new_tokens is None and self.policy.certificate is not None:
             max_new_tokens = self.policy.certificate.decode.get("max_new_tokens")  # what was certified
@@ -195,6 +201,7 @@ class ExitEngine:
             sequences.to(encoded.memory_BSD.device),
             encoded.depths | {"decoder": depths},
             encoded.layer_runs | {"decoder": record.layer_runs},
+            torch.tensor([len(prompt) - 1 for prompt in prompts]),
             record.pairs,
             record.filled,
             watch.ms,

@@ -5,7 +5,7 @@ Shapes: ``B`` samples of a batch, ``T`` steps, ``E`` exits of a stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import StreamState, num_layers
-from lightning_mue.backbones.prompt import read_prompts
 from lightning_mue.exits import attached
 from lightning_mue.inference.encode import stream_scores
 from lightning_mue.inference.engine import ExitEngine, PrefixFn
@@ -70,9 +69,9 @@ def record(
     engine = ExitEngine(model, ExitPolicy.full_depth())
     full, executor = engine.run(max_new_tokens, prefix_fn, False, inputs, on_exit)
     tokens_BT = full.sequences[:, 1:]
-    start_id = engine.backbone.decode_settings(max_new_tokens).start_id
-    prompt_B = np.array([len(prompt) - 1 for prompt in read_prompts(inputs, len(tokens_BT), start_id)])
+    prompt_B = full.prompt_lengths.numpy()
     layers = num_layers(engine.backbone)
+    taken_BT = (full.exit_depths["decoder"] > 0).numpy()
     streams = {}
     for name, exit_layers in exits.layers.items():
         score_at, same_at = _alone(
@@ -80,7 +79,6 @@ def record(
         )
         agree = None
         if name == "decoder":
-            taken_BT = (full.exit_depths["decoder"] > 0).numpy()
             scores, agree = _decoder_scores(executor, exit_layers, signals, tokens_BT, prompt_B, taken_BT)
         else:
             scores = {k: torch.stack(v, 1).numpy() for k, v in seen[name].items()}
@@ -89,7 +87,7 @@ def record(
         list(sample_ids),
         list(clusters),
         np.asarray(score_of(full.sequences), dtype=np.float64),
-        (full.exit_depths["decoder"] > 0).sum(1).numpy(),
+        taken_BT.sum(1),
         prompt_B,
         streams,
         dict(meta or {}),
@@ -111,19 +109,24 @@ def _decoder_scores(
     shape = (*tokens_BT.shape, len(layers))
     scores = {signal: np.zeros(shape, dtype=np.float32) for signal in signals}
     agree = np.zeros(shape, dtype=bool)
-    for first in np.unique(prompt_B).tolist():  # rows whose answers begin at one position
-        index = torch.from_numpy(np.flatnonzero(prompt_B == first)).to(tokens_BT.device)
-        rows = index.cpu().numpy()
-        for step in range(tokens_BT.shape[1]):
-            for e, k in enumerate(layers):
-                logits_RV = executor.exit_logits(k, index, first + step)
-                agree[rows, step, e] = (logits_RV.argmax(-1) == tokens_BT[index, step]).cpu().numpy()
-                for signal in signals:
-                    found_R = executor.scores(signal, k, index, first + step, logits_RV)
-                    scores[signal][rows, step, e] = found_R.float().cpu().numpy()
+    for rows, step, position in answer_positions(prompt_B, tokens_BT.shape[1]):
+        index = torch.from_numpy(rows).to(tokens_BT.device)
+        for e, k in enumerate(layers):
+            logits_RV = executor.exit_logits(k, index, position)
+            agree[rows, step, e] = (logits_RV.argmax(-1) == tokens_BT[index, step]).cpu().numpy()
+            for signal in signals:
+                found_R = executor.scores(signal, k, index, position, logits_RV)
+                scores[signal][rows, step, e] = found_R.float().cpu().numpy()
     return {signal: np.where(taken_BT[..., None], s, np.float32(0)) for signal, s in scores.items()}, agree & taken_BT[
         ..., None
     ]
+
+
+def answer_positions(prompt_B: np.ndarray, steps: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yield rows, a step of theirs (from the first answer token) and the position that chooses it."""
+    for first in np.unique(prompt_B).tolist():  # rows whose answers begin at one position
+        rows = np.flatnonzero(prompt_B == first)
+        yield from ((rows, step, first + step) for step in range(steps))
 
 
 def _alone(

@@ -141,7 +141,9 @@ class _Decoding:
     def _climb(self, rows: list[int], position: int) -> dict[int, list[int]]:
         """Take one step's rows up the layers; return exit layer -> rows that left there."""
         left: dict[int, list[int]] = {}
-        thresholds = {r: self.exits.thresholds(position - self.before[r]) for r in rows}
+        steps = {position - self.before[r] for r in rows}
+        at_step = {step: self.exits.thresholds(step) for step in steps}
+        thresholds = {r: at_step[position - self.before[r]] for r in rows}
         for layer in range(1, self.executor.num_layers + 1):
             if self.exits.kv_fill != "just-in-time":
                 self._fill(layer, rows, position - self.exits.backlog)

@@ -43,7 +43,7 @@ class MultiExitModule(L.LightningModule):
         exits: which layers become exits.
         learning_rate: peak of AdamW's; warms up linearly, then falls along a cosine to 0.
         gate_learning_rate: the same for the gates, which are small, begin from nothing and disturb nobody.
-        weight_decay: of AdamW, on matrices.
+        weight_decay: of AdamW, on matrices but the gates'.
         warmup_steps: of the learning rate.
         weighting: of the decoder exits' losses: ``avg+last`` (DEED), ``sum`` (MuE), ``linear`` (CALM).
         early_probability: that a stream before the decoder is left at a random exit in a step.

@@ -213,3 +213,5 @@ def test_a_row_alone_has_no_padding_and_a_prompt_may_be_missing():
     other = BatchKeys().read(tensors() | {"decoder_prompt": prompt.clamp(max=8)}, wanted)
     assert [a == b for a, b in zip(found["sample_id"], other["sample_id"], strict=True)] == [True, False, True]
     assert "decoder_prompt" not in BatchKeys().read(tensors(), wanted)
+    with pytest.raises(ValueError, match=r"needs \['decoder_prompt'\]"):
+        BatchKeys({"decoder_prompt": "a typo"}).read(tensors(), wanted)

@@ -285,5 +285,31 @@ def test_other_tasks_train_beside_and_are_nowhere_else(tmp_path):
             assert ((prompt >= 0).sum() == 0) == is_caption
             said = data.processor.decode(label[label >= 0][None])[0].replace("</s>", "").strip()
             assert said in (("a dog", "dogs") if is_caption else ("yes", "no"))
-    with pytest.raises(ValueError, match="`task` must be one of"):
-        _ = ShardsDataModule(str(folder), "match", also=["captions"], **options).train_samples
+    assert data.train_dataloader().name != alone.train_dataloader().name
+
+
+def test_no_picture_of_the_calibration_data_trains_in_another_task(tmp_path):
+    """Tasks cluster by themselves: reading by receipt, captions by picture; the main task's rule holds for all."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    ids = [f"receipt{k // 4:02d}-{k % 4}" for k in range(80)]
+    members = [pair for i in ids for pair in ((f"{i}.json", {"id": i, "refs": ["a line"]}), (f"{i}.png", png()))]
+    write_tar(folder / "train-000.tar", members)
+    write_tar(folder / "val-000.tar", members[:2])
+    for task, other in (("reading", "caption"), ("caption", "reading")):
+        data = ShardsDataModule(str(folder), task, also=[other], holdout=0.4, image_size=8, vocab_size=300)
+        held = {s.sample_id.partition("#")[0] for s in data.calibration_samples.samples}
+        trains = {s.sample_id.partition("#")[0] for s in data.train_samples.samples}
+        assert held
+        assert held | trains == set(ids)
+        assert not held & trains
+        assert {s.task for s in data.train_samples.samples} == {task, other}
+        assert {s.task for s in data.calibration_samples.samples} == {task}
+
+
+def test_a_run_with_other_tasks_beside_is_another_run(folder):
+    names = {module_of(folder, also=also).train_dataloader().name for also in (None, [])}
+    assert len(names) == 1
+    for also in ("caption", ["caption", "caption"], ["vqa"], ["captions"]):
+        with pytest.raises(ValueError, match=r"`also` may name tasks of .* other than 'vqa', each once"):
+            module_of(folder, also=also)

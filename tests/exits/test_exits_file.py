@@ -78,11 +78,11 @@ def pickled(path):
 
 
 def other_schema(path):
-    save_file({}, path, metadata={"lightning_mue_exits": json.dumps({"schema": 0, "exits": {}})})
+    save_file({}, path, metadata={"lightning_mue_exits": json.dumps({"schema": 1, "exits": {}})})
 
 
 def two(path):
-    packed = {"schema": 1, "exits": {}, "weights": {}}
+    packed = {"schema": 2, "exits": {}, "weights": {}}
     torch.save({"callbacks": {"one": packed, "two": packed, "three": {"best": 1}}}, path)
 
 
@@ -99,7 +99,7 @@ def two(path):
             two,
             r"exits of one MultiExitSupervision, found \['one', 'two'\] among its callbacks \['one', 'three', 'two'\]",
         ),
-        (other_schema, "must hold exits of schema 1"),
+        (other_schema, "must hold exits of schema 2"),
     ],
 )
 def test_what_holds_no_exits_is_refused(write, message, tmp_path):

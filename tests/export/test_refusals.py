@@ -88,7 +88,7 @@ def test_another_schema_is_refused(bundle):
     config = json.loads((bundle / "config.json").read_text())
     (bundle / "config.json").write_text(json.dumps(config | {"schema": 99}))
     manifest.write_manifest(bundle)
-    with pytest.raises(ValueError, match="config of schema 1"):
+    with pytest.raises(ValueError, match="config of schema 2"):
         load(bundle)
     data = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(data | {"schema": 99}))

@@ -236,3 +236,6 @@ def test_gates_learn_at_a_rate_of_their_own(gate, tmp_path):
     for name, parameter in module.named_parameters():
         assert rates[id(parameter)] == (7e-3 if ".gates." in name else 1e-3), name
     assert (7e-3 in rates.values()) == gate
+    decays = {id(p): group["weight_decay"] for group in fit.optimizers[0].param_groups for p in group["params"]}
+    for name, parameter in module.named_parameters():
+        assert (decays[id(parameter)] > 0) == (parameter.ndim > 1 and ".gates." not in name), name
