@@ -166,12 +166,7 @@ class ExitEngine:
 
         ``forced`` replays known decoder depths (row -> depth of each token) and asks no signal.
         """
-        if asked := sorted(_NOT_GREEDY & set(inputs)):
-            raise ValueError(f"The engine decodes greedily and does not do {asked}; leave them out.")
-        if "decoder_input_ids" in inputs:
-            raise ValueError(
-                "The engine takes `decoder_prompt [B, P]`, without the start token, for `decoder_input_ids`."
-            )
+        _check_inputs(inputs)
         inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
         if max_new_tokens is None and self.policy.certificate is not None:
             max_new_tokens = self.policy.certificate.decode.get("max_new_tokens")  # what was certified
@@ -243,6 +238,13 @@ def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) ->
             raise ValueError(
                 f"Signal {rule.signal!r} needs logits; stream {stream!r} has none. Use gate or similarity."
             )
+
+
+def _check_inputs(inputs: dict[str, Any]) -> None:
+    if asked := sorted(_NOT_GREEDY & set(inputs)):
+        raise ValueError(f"The engine decodes greedily and does not do {asked}; leave them out.")
+    if "decoder_input_ids" in inputs:
+        raise ValueError("The engine takes `decoder_prompt [B, P]`, without the start token, for `decoder_input_ids`.")
 
 
 def _as_tensors(record: DecodeRecord, start_id: int, pad_id: int) -> tuple[Tensor, Tensor]:

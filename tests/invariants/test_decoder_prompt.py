@@ -277,3 +277,9 @@ def test_bad_prompts_are_refused(prompt, message):
     tensors = zoo.inputs("florence2", 4) | {"decoder_prompt": prompt}
     with pytest.raises(ValueError, match=message):
         generate(zoo.shared("florence2"), ExitPolicy.full_depth(), tensors)
+
+
+def test_the_name_that_transformers_gives_prompts_is_not_passed_over():
+    tensors = zoo.inputs("florence2", 2) | {"decoder_input_ids": torch.tensor([[zoo.START, 7]] * 2)}
+    with pytest.raises(ValueError, match="takes `decoder_prompt"):
+        generate(zoo.shared("florence2"), ExitPolicy.full_depth(), tensors)
