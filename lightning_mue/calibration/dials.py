@@ -31,21 +31,39 @@ def dial_rule(
         gamma: the rate of harm allowed among those leaving, in (0, 1).
         layers: the exits that may ask; all if not given.
     """
-    stream = trace.streams[name]
-    scores, harm = _rows(trace, stream, signal)
-    left_in = np.ones(len(scores), dtype=bool)
-    asked, thresholds = [], []
-    for column, layer in enumerate(stream.layers):
-        if layers is not None and layer not in layers:
-            continue
-        threshold = _smallest_threshold(scores[left_in, column], harm[left_in, column], gamma)
-        if threshold == math.inf:
-            continue
-        threshold = min(max(math.floor(threshold / GRID) * GRID, SIGNAL_RANGES[signal][0]), SIGNAL_RANGES[signal][1])
-        asked.append(layer)
-        thresholds.append(threshold)
-        left_in &= scores[:, column] < np.asarray(threshold, dtype=scores.dtype)
-    return ExitRule(signal, tuple(asked), tuple(thresholds)) if asked else None
+    return _Ranked(trace, trace.streams[name], signal).rule(gamma, layers)
+
+
+class _Ranked:
+    """One signal's scores at every exit, sorted once for all rules; a row is a sample, or a token really made."""
+
+    def __init__(self, trace: Trace, stream: StreamTrace, signal: str) -> None:
+        self._signal, self._layers = signal, stream.layers
+        if stream.agree is None:
+            self._scores, self._harm = stream.scores[signal], ~stream.same_at
+        else:
+            taken = np.arange(stream.agree.shape[1]) < trace.lengths[:, None]
+            self._scores, self._harm = stream.scores[signal][taken], ~stream.agree[taken]
+        self._order = np.argsort(-self._scores, axis=0, kind="stable")
+
+    def rule(self, gamma: float, layers: Sequence[int] | None) -> ExitRule | None:
+        """Return what ``dial_rule`` says."""
+        left_in = np.ones(len(self._scores), dtype=bool)
+        asked, thresholds = [], []
+        for column, layer in enumerate(self._layers):
+            if layers is not None and layer not in layers:
+                continue
+            order = self._order[:, column]
+            order = order[left_in[order]]
+            threshold = _smallest_threshold(self._scores[order, column], self._harm[order, column], gamma)
+            if threshold == math.inf:
+                continue
+            low, high = SIGNAL_RANGES[self._signal]
+            threshold = min(max(math.floor(threshold / GRID) * GRID, low), high)
+            asked.append(layer)
+            thresholds.append(threshold)
+            left_in &= self._scores[:, column] < np.asarray(threshold, dtype=self._scores.dtype)
+        return ExitRule(self._signal, tuple(asked), tuple(thresholds)) if asked else None
 
 
 def stream_options(trace: Trace, name: str, gammas: np.ndarray) -> list[ExitRule | None]:
@@ -57,24 +75,16 @@ def stream_options(trace: Trace, name: str, gammas: np.ndarray) -> list[ExitRule
     rules: list[ExitRule | None] = [None, *(ExitRule.static(layer) for layer in stream.layers)]
     asked = dict.fromkeys([tuple(stream.layers), *((layer,) for layer in stream.layers)])
     for signal in sorted(stream.scores):
-        rules += [dial_rule(trace, name, signal, float(gamma), layers) for layers in asked for gamma in gammas]
+        ranked = _Ranked(trace, stream, signal)
+        rules += [ranked.rule(float(gamma), layers) for layers in asked for gamma in gammas]
     return list(dict.fromkeys(rules))  # without repeats, in order
 
 
-def _rows(trace: Trace, stream: StreamTrace, signal: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores and harm, ``[rows, E]``: a row is a sample, or a token the decoder really made."""
-    if stream.agree is None:
-        return stream.scores[signal], ~stream.same_at
-    taken = np.arange(stream.agree.shape[1]) < trace.lengths[:, None]
-    return stream.scores[signal][taken], ~stream.agree[taken]
-
-
-def _smallest_threshold(scores: np.ndarray, harm: np.ndarray, gamma: float) -> float:
-    if not len(scores):
+def _smallest_threshold(ranked: np.ndarray, harm: np.ndarray, gamma: float) -> float:
+    """Return the smallest of ``ranked`` scores, high to low, down to which harm is allowed; inf if none is."""
+    if not len(ranked):
         return math.inf
-    order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
     left = np.arange(1, len(ranked) + 1)
-    allowed = (np.cumsum(harm[order]) + 0.5) / (left + 1) <= gamma
+    allowed = (np.cumsum(harm) + 0.5) / (left + 1) <= gamma
     allowed &= np.append(ranked[1:] < ranked[:-1], True)  # equal scores leave together
     return float(ranked[np.flatnonzero(allowed)[-1]]) if allowed.any() else math.inf

@@ -144,16 +144,16 @@ def _just_in_time(
     decoder prompt too.
     """
     n, steps = depth.shape
+    after = prompts[:, None] + np.arange(1, steps + 1)  # positions, once a step has run
     block_ms = cost.layer_cost(np.arange(prompts.max(initial=0) + steps + 1))
-    layer = np.arange(1, num_layers + 1)
-    seen = np.zeros((n, num_layers), dtype=np.int64)  # positions whose K/V a layer has
-    ms = np.zeros(n)
-    for t in range(steps):
-        reached = layer <= depth[:, t, None]
-        ms += block_ms[np.where(reached, prompts[:, None] + t + 1 - seen, 0)].sum(axis=1)
-        seen = np.where(reached, prompts[:, None] + t + 1, seen)
-    ms += cost.cross_ms * np.count_nonzero(seen, axis=1)  # projected when a layer is first reached
-    return ms, seen.sum(axis=1)
+    ms, pairs = np.zeros(n), np.zeros(n, dtype=np.int64)
+    for layer in range(1, num_layers + 1):
+        reached = depth >= layer
+        seen = np.maximum.accumulate(np.where(reached, after, 0), axis=1)  # positions whose K/V the layer has
+        pending = np.diff(seen, axis=1, prepend=0)
+        ms += block_ms[pending].sum(axis=1) + cost.cross_ms * reached.any(axis=1)  # projected when first reached
+        pairs += seen[:, -1] if steps else 0
+    return ms, pairs
 
 
 def _check_rule(name: str, rule: ExitRule | None) -> None:

@@ -97,7 +97,7 @@ def decode(
 class _Decoding:
     """One decode under way.
 
-    Args:
+    Attributes:
         frontier: layer -> row -> the first position whose K/V it misses.
         before: row -> positions before the one that chooses the first answer token.
     """
