@@ -77,3 +77,12 @@ def random_depths(name, rows, seed=0):
     choices = torch.tensor([*zoo.exit_layers(name)["decoder"], view(model).decoder.num_layers])
     draws = torch.randint(len(choices), (rows, STEPS), generator=torch.Generator().manual_seed(seed))
     return choices[draws].tolist()
+
+
+def assert_same_row(together, row, single):
+    """A row of a batch has the tokens and the exit depths that it has alone."""
+    length = single.sequences.shape[1]
+    assert together.sequences[row, :length].tolist() == single.sequences[0].tolist()
+    for stream, depth in single.exit_depths.items():
+        mine = together.exit_depths[stream][row]
+        assert (mine[: length - 1] if stream == "decoder" else mine).tolist() == depth[0].tolist()

@@ -15,7 +15,7 @@ from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.latency import DecoderLatency
 from lightning_mue.policy import KV_FILLS, ExitPolicy, ExitRule
 from tests import reference, zoo
-from tests.invariants.policies import STEPS, encoder_rules, generate, random_depths
+from tests.invariants.policies import STEPS, assert_same_row, encoder_rules, generate, random_depths
 from tests.invariants.test_simulator import LATENCY
 
 BACKBONES = list(zoo.BACKBONES)
@@ -172,11 +172,7 @@ def test_a_batch_is_its_rows_one_by_one(name, fill):
     for row in range(ROWS):
         single, _ = generate(model, policy, alone(tensors, row)[0])
         pairs, filled = pairs + single.pairs, filled + single.filled
-        length = single.sequences.shape[1]
-        assert together.sequences[row, :length].tolist() == single.sequences[0].tolist()
-        for stream, depth in single.exit_depths.items():
-            mine = together.exit_depths[stream][row]
-            assert (mine[: length - 1] if stream == "decoder" else mine).tolist() == depth[0].tolist()
+        assert_same_row(together, row, single)
     assert (together.pairs, together.filled) == (pairs, filled)
     assert (filled > 0) == bool(fill)
     again, _ = generate(model, policy, tensors, forced=together.exit_depths["decoder"].tolist())

@@ -10,7 +10,7 @@ from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.policy import KV_FILLS, SIGNAL_RANGES, ExitPolicy, ExitRule
 from lightning_mue.signals import NEEDS_LOGITS
 from tests import reference, zoo
-from tests.invariants.policies import STEPS, decoder_rule, generate, mixed
+from tests.invariants.policies import STEPS, assert_same_row, decoder_rule, generate, mixed
 
 BACKBONES = list(zoo.BACKBONES)
 STREAMS = [(name, stream) for name in BACKBONES for stream in zoo.exit_layers(name)]
@@ -113,11 +113,7 @@ def test_a_batch_is_its_rows_one_by_one(name, policy, seed):
         alone |= {k: alone[k][:, keep] for k in ("input_ids", "attention_mask")}  # without its padding
         single, _ = generate(model, policy, alone)
         pairs, filled = pairs + single.pairs, filled + single.filled
-        length = single.sequences.shape[1]
-        assert together.sequences[row, :length].tolist() == single.sequences[0].tolist()
-        for stream, depth in single.exit_depths.items():
-            mine = together.exit_depths[stream][row]
-            assert (mine[: length - 1] if stream == "decoder" else mine).tolist() == depth[0].tolist()
+        assert_same_row(together, row, single)
     assert (together.pairs, together.filled) == (pairs, filled)
     assert (filled > 0) == (policy.kv_fill != "just-in-time")
 
