@@ -26,7 +26,8 @@ from targets import device, note, today
 from lightning_mue.answers import Answers, plain_answers
 from lightning_mue.backbones import view
 from lightning_mue.calibration import propose, rehearse
-from lightning_mue.calibration.simulate import simulate_stream
+from lightning_mue.calibration.rows import StreamRows
+from lightning_mue.calibration.simulate import stream_cost
 from lightning_mue.exits import attached
 from lightning_mue.files import write_text
 from lightning_mue.inference import ExitEngine
@@ -104,7 +105,8 @@ def static_combinations(task: Task) -> list[ExitPolicy]:
     options = []
     for stream, layers in task.layers.items():
         rules = [None, *(ExitRule.static(k) for k in layers)]
-        costs = [simulate_stream(task.trace, stream, rule, task.latency).ms.mean() for rule in rules]
+        traced = StreamRows.of(task.trace, stream)
+        costs = [stream_cost(traced, rule, task.latency)[0].mean() for rule in rules]
         options.append([(cost, stream, rule) for cost, rule in zip(costs, rules, strict=True)])
     choices = sorted(itertools.product(*options), key=lambda choice: sum(cost for cost, _, _ in choice))
     return [ExitPolicy({stream: rule for _, stream, rule in choice if rule is not None}) for choice in choices]

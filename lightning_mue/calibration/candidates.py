@@ -87,6 +87,10 @@ class Judge:
         self.allowed = tolerance_of(metric, keep) - self.weights.mean(self._at_full_depth)
         """How much more than full depth a policy may lose."""
 
+    def harm(self, change: np.ndarray, same: np.ndarray) -> float:
+        """Return the mean loss, with caution, that one stream adds where it changes scores, or outputs, so: ``[n]``."""
+        return self.weights.cautious(~same if self._metric == "consistency" else -change / self._keep)
+
     def candidate(
         self, policy: ExitPolicy, score: np.ndarray, same: np.ndarray, ms: float, depths: dict[str, float]
     ) -> Candidate:

@@ -7,16 +7,17 @@ Pareto testing (Laufer-Goldshtein et al. 2023): search on this data, order the f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_mue.calibration.candidates import DIGITS, Candidate, ClusterMeans, Judge, chain_of, frontier_of
+from lightning_mue.calibration.candidates import DIGITS, Candidate, Judge, chain_of, frontier_of
 from lightning_mue.calibration.dials import stream_options
 from lightning_mue.calibration.frontier import pareto, peel
 from lightning_mue.calibration.losses import check_promise
-from lightning_mue.calibration.simulate import StreamOutcome, simulate_stream
+from lightning_mue.calibration.rows import StreamRows
+from lightning_mue.calibration.simulate import stream_cost, stream_outcome
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy, ExitRule, chain_hash
 from lightning_mue.trace import Trace
@@ -27,6 +28,9 @@ FEWER = 6
 BOLD = 2.0
 """Static depths are decoded up to so many times the allowed loss as predicted: they cost nothing to decide, and where
 streams do the same harm, which simulation counts twice, they may be all that is needed."""
+
+TIMED = 2000
+"""Samples, evenly spaced, on which times are predicted: a mean of so many is surer than the latency table's figures."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Proposal:
         frontier: candidates that no other beats in both predicted risk and ms, from safe to bold.
         statics: full depth first, then every static depth of each single stream; for the report.
         worth_decoding: the chain, the best of fewer streams, and of static depths; for `rehearse`.
+        searched: how many policies it was chosen from.
         metric: of the promise.
         keep: of the promise.
         confidence_level: of the promise.
@@ -48,6 +53,7 @@ class Proposal:
     frontier: list[Candidate]
     statics: list[Candidate]
     worth_decoding: list[Candidate]
+    searched: int
     metric: str
     keep: float
     confidence_level: float
@@ -65,12 +71,17 @@ class Proposal:
 
 @dataclass(frozen=True)
 class _Option:
-    """One rule of one stream and its outcome; ``risk`` (with caution) and ``ms`` are its shares of the sums."""
+    """One rule of one stream and what it does: to each sample, ``[n]``, and in the mean.
+
+    ``risk`` (with caution) and ``ms`` are its shares of the sums over streams.
+    """
 
     rule: ExitRule | None
-    outcome: StreamOutcome
+    same: np.ndarray
+    change: np.ndarray
     risk: float
     ms: float
+    depth: float
 
 
 def propose(
@@ -107,13 +118,10 @@ def propose(
     trace = Trace.merge([trace])  # in order of sample id, without repeats
     judge = Judge(trace, metric, keep)
 
-    def harm(outcome: StreamOutcome) -> np.ndarray:
-        """The loss that one stream adds to full depth's."""
-        return ~outcome.same if metric == "consistency" else -outcome.change / keep
-
     gammas = np.geomspace((1 - keep) / 30, 0.5, dials)
+    timed = trace.select(np.unique(np.linspace(0, len(trace) - 1, min(len(trace), TIMED)).round().astype(np.int64)))
     options = {
-        name: [_option(trace, name, rule, latency, harm, judge.weights) for rule in stream_options(trace, name, gammas)]
+        name: _options(StreamRows.of(trace, name), StreamRows.of(timed, name), latency, gammas, judge)
         for name in sorted(trace.streams)
     }
     full, combinations = _combinations(options, survivors)
@@ -125,19 +133,21 @@ def propose(
     static = [_evaluate(trace, choice, judge) for choice in _static_depths(options)]
     bold = [candidate for candidate in static if candidate.used <= BOLD and candidate.policy.rules]
     worth_decoding = list({c.policy.to_json(): c for c in (*chain, *few, *bold[:FEWER])}.values())
-    return Proposal(chain, frontier, statics, worth_decoding, metric, keep, confidence_level)
+    searched = math.prod(map(len, options.values()))
+    return Proposal(chain, frontier, statics, worth_decoding, searched, metric, keep, confidence_level)
 
 
-def _option(
-    trace: Trace,
-    name: str,
-    rule: ExitRule | None,
-    latency: LatencyTable,
-    harm: Callable[[StreamOutcome], np.ndarray],
-    weights: ClusterMeans,
-) -> _Option:
-    outcome = simulate_stream(trace, name, rule, latency)
-    return _Option(rule, outcome, weights.cautious(harm(outcome)), float(outcome.ms.mean()))
+def _options(
+    rows: StreamRows, timed: StreamRows, latency: LatencyTable, gammas: np.ndarray, judge: Judge
+) -> list[_Option]:
+    """Return every rule of a stream with what it does alone; ``timed`` are the rows of the samples that are timed."""
+    options = []
+    for rule in stream_options(rows, gammas):
+        outcome, (ms, _) = stream_outcome(rows, rule), stream_cost(timed, rule, latency)
+        risk = judge.harm(outcome.change, outcome.same)
+        depth = float(outcome.depth.mean()) if len(outcome.depth) else 0.0
+        options.append(_Option(rule, outcome.same, outcome.change, risk, float(ms.mean()), depth))
+    return options
 
 
 def _combinations(
@@ -202,17 +212,11 @@ def _statics(options: dict[str, list[_Option]], full: dict[str, _Option]) -> lis
 
 def _evaluate(trace: Trace, choice: dict[str, _Option], judge: Judge) -> Candidate:
     """Return the candidate with the risk of its actual outcomes, sample by sample (as `simulate` joins them)."""
-    same = np.ones(len(trace), dtype=bool)
-    change, ms = np.zeros(len(trace)), np.zeros(len(trace))
+    same, change = np.ones(len(trace), dtype=bool), np.zeros(len(trace))
     for option in choice.values():
-        same, change = same & option.outcome.same, change + option.outcome.change
-        ms = ms + option.outcome.ms
+        same, change = same & option.same, change + option.change
     score = np.clip(trace.full_score + change, 0.0, 1.0)
     rules = {name: option.rule for name, option in choice.items() if option.rule is not None}
-    depths = {name: _mean_depth(trace, option.outcome.depth) for name, option in choice.items()}
+    depths = {name: option.depth for name, option in choice.items()}
     policy = ExitPolicy(rules, fingerprint=trace.meta.get("fingerprint"))
-    return judge.candidate(policy, score, same, float(ms.mean()), depths)
-
-
-def _mean_depth(trace: Trace, depth: np.ndarray) -> float:
-    return float(depth.mean() if depth.ndim == 1 else depth.sum() / max(1, int(trace.lengths.sum())))
+    return judge.candidate(policy, score, same, sum(option.ms for option in choice.values()), depths)

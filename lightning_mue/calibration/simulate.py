@@ -2,20 +2,22 @@
 
 Exact for the decoder while its tokens agree (just-in-time caches make states equal full-depth ones); vision and
 encoder exits are taken one stream at a time from the trace and their effects added. It proposes, it never certifies.
-What a trace cannot tell is refused: other K/V fills, thresholds that change with the step, signals of several exits.
-Axes: ``n`` samples, ``T`` decoding steps, ``E`` exits of a stream; a *column* is an exit's index, ``E`` = full depth.
+What a trace cannot tell is refused: other K/V fills, signals of several exits.
+Axes: ``n`` samples, ``m`` rows (`StreamRows`), ``E`` exits; a *column* is an exit's index, ``E`` = full depth.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_mue.latency import DecoderLatency, LatencyTable
+from lightning_mue.calibration.rows import StreamRows
+from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
 from lightning_mue.policy import ExitPolicy, ExitRule
-from lightning_mue.trace import StreamTrace, Trace
+from lightning_mue.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,14 @@ class StreamOutcome:
     """What one stream's rule does when the other streams run at full depth.
 
     Args:
-        depth: exit depth, ``[n]``, or ``[n, T]`` for the decoder (0 at steps not taken).
+        depth: exit depth of each row, int ``[m]``.
         same: bool ``[n]``, whether the output stays identical.
         change: estimated change of the metric score, float64 ``[n]``.
-        ms: predicted milliseconds, float64 ``[n]``.
-        pairs: (position, layer) pairs computed, int ``[n]``; 0 outside the decoder.
     """
 
     depth: np.ndarray
     same: np.ndarray
     change: np.ndarray
-    ms: np.ndarray
-    pairs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -71,118 +69,151 @@ def simulate(trace: Trace, policy: ExitPolicy, latency: LatencyTable) -> Simulat
     unknown = sorted(set(policy.rules) - set(trace.streams))
     if unknown:
         raise ValueError(f"The policy has rules for streams {unknown}, the trace holds {sorted(trace.streams)}")
-    outcomes = {name: simulate_stream(trace, name, policy.rules.get(name), latency) for name in sorted(trace.streams)}
     change, ms = np.zeros(len(trace)), np.zeros(len(trace))
     same, pairs = np.ones(len(trace), dtype=bool), np.zeros(len(trace), dtype=np.int64)
-    for outcome in outcomes.values():
-        change, ms = change + outcome.change, ms + outcome.ms
-        same, pairs = same & outcome.same, pairs + outcome.pairs
-    depths = {name: outcome.depth for name, outcome in outcomes.items()}
+    depths = {}
+    for name in sorted(trace.streams):
+        rows = StreamRows.of(trace, name)
+        outcome = stream_outcome(rows, policy.rules.get(name))
+        stream_ms, stream_pairs = stream_cost(rows, policy.rules.get(name), latency)
+        change, ms = change + outcome.change, ms + stream_ms
+        same, pairs = same & outcome.same, pairs + stream_pairs
+        depths[name] = outcome.depth
+        if (agree := trace.streams[name].agree) is not None:
+            depths[name] = np.zeros(agree.shape[:2], dtype=np.int64)
+            depths[name][rows.sample, rows.step] = outcome.depth
     return Simulation(depths, pairs, same, np.clip(trace.full_score + change, 0.0, 1.0), ms)
 
 
-def simulate_stream(trace: Trace, name: str, rule: ExitRule | None, latency: LatencyTable) -> StreamOutcome:
-    """Predict what ``rule`` alone would do to stream ``name``; None is full depth.
+def stream_outcome(rows: StreamRows, rule: ExitRule | None) -> StreamOutcome:
+    """Predict what ``rule`` alone would do to a stream's outputs; None is full depth.
 
     Raises:
-        ValueError: the rule does not fit the trace, cannot be simulated, or a cost was not measured.
+        ValueError: the rule does not fit the trace or cannot be simulated.
     """
-    _check_rule(name, rule)
-    stream = trace.streams[name]
-    thresholds = _thresholds(stream, name, rule)
-    costs: Mapping[str, float]
-    if stream.agree is not None:
-        costs = latency.decoder.signal_ms
-    elif name in latency.streams:
-        costs = latency.streams[name].signal_ms
-    else:
-        raise ValueError(f"The latency table has no stream {name!r}, only {sorted(latency.streams)}; measure it again")
-    signal_ms = _signal_cost(name, rule, costs)
-    column = _exit_columns(stream, rule, thresholds)
-    # exits tried up to and including the one taken; exits that can never be taken are not tried
-    tried = np.append(np.cumsum(thresholds < np.inf), np.count_nonzero(thresholds < np.inf))[column]
-    if stream.agree is not None:
-        leaves = column < len(stream.layers)
-        exit_ms = latency.decoder.exit_ms.get(rule.signal, 0.0) if rule is not None else 0.0
-        return _decoder(trace, stream, column, tried * signal_ms + leaves * exit_ms, latency.decoder)
-    cost = latency.streams[name]
-    depth = np.append(np.asarray(stream.layers, dtype=np.int64), stream.num_layers)[column]
-    rows = np.arange(len(trace))
-    same = np.column_stack([stream.same_at, np.ones(len(trace), dtype=bool)])[rows, column]
-    score = np.column_stack([stream.score_at, trace.full_score])[rows, column]
-    ms = cost.fixed_ms + depth * cost.layer_ms + tried * signal_ms + (column < len(stream.layers)) * cost.exit_ms
-    return StreamOutcome(depth, same, score - trace.full_score, ms, np.zeros(len(trace), dtype=np.int64))
+    column = _leave(rows, rule)
+    changed_at = _first_harm(rows, column)
+    change = rows.score_at[changed_at, np.arange(rows.samples)] - rows.score_at[-1]
+    return StreamOutcome(_depths(rows)[column], changed_at == len(rows.layers), change)
 
 
-def _decoder(
-    trace: Trace, stream: StreamTrace, column: np.ndarray, signal_ms: np.ndarray, cost: DecoderLatency
-) -> StreamOutcome:
-    """Follow the decoder along its full-depth path; ``column`` and ``signal_ms`` are ``[n, T]``."""
-    assert stream.agree is not None
-    n, steps = column.shape
-    taken = np.arange(steps) < trace.lengths[:, None]
-    layers = np.append(np.asarray(stream.layers, dtype=np.int64), stream.num_layers)
-    depth = np.where(taken, layers[column], 0)
-    agree = np.concatenate([stream.agree, np.ones((n, steps, 1), dtype=bool)], axis=2)
-    differs = taken & ~np.take_along_axis(agree, column[..., None], axis=2)[..., 0]
-    changed = differs.any(axis=1)
-    rows = np.arange(n)
-    at_change = column[rows, differs.argmax(axis=1)] if steps else np.full(n, len(stream.layers))
-    score = np.column_stack([stream.score_at, trace.full_score])[rows, at_change]
-    change = np.where(changed, score - trace.full_score, 0.0)
-    ms, pairs = _just_in_time(depth, stream.num_layers, cost, trace.prompts)
-    ms += (taken * (cost.step_ms + signal_ms)).sum(axis=1)
-    return StreamOutcome(depth, ~changed, change, ms, pairs)
+def stream_cost(rows: StreamRows, rule: ExitRule | None, latency: LatencyTable) -> tuple[np.ndarray, np.ndarray]:
+    """Return the milliseconds of a stream under ``rule``, and the decoder's (position, layer) pairs, each ``[n]``.
+
+    Raises:
+        ValueError: the rule does not fit the trace or cannot be simulated, or a cost was not measured.
+    """
+    column, none = _leave(rows, rule), np.zeros(rows.samples, dtype=np.int64)
+    if not rows.is_decoder and rows.name not in latency.streams:
+        raise ValueError(
+            f"The latency table has no stream {rows.name!r}, only {sorted(latency.streams)}; measure it again"
+        )
+    cost = latency.decoder if rows.is_decoder else latency.streams[rows.name]
+    asking_ms = _asking_ms(rows, rule, cost)
+    if isinstance(cost, StreamLatency):
+        return (asking_ms + cost.fixed_ms + _depths(rows) * cost.layer_ms)[column], none
+    ms = asking_ms[column]
+    if rule is not None and rule.from_step:
+        ms[rows.step < rule.from_step] = 0.0
+    return _just_in_time(rows, column, cost, np.bincount(rows.sample, ms + cost.step_ms, rows.samples))
+
+
+def _depths(rows: StreamRows) -> np.ndarray:
+    """Return the depth of each column, int16 ``[E + 1]``."""
+    return np.array((*rows.layers, rows.num_layers), dtype=np.int16)
+
+
+def _leave(rows: StreamRows, rule: ExitRule | None) -> np.ndarray:
+    """Return the column at which each row leaves, int8 ``[m]``."""
+    column = np.full(len(rows.sample), len(rows.layers), dtype=np.int8)
+    if rule is None:
+        return column
+    _check_rule(rows, rule)
+    for e, layer in reversed(list(enumerate(rows.layers))):
+        if layer in rule.reachable:
+            scores = np.float32(1.0) if rule.signal == "static" else rows.scores[rule.signal][e]
+            # a threshold has the scores' precision in the engine (a float32 tensor compared with a number), so here too
+            np.copyto(column, np.int8(e), where=scores >= _thresholds(rows, rule, layer).astype(np.float32))
+    return column
+
+
+def _asking_ms(rows: StreamRows, rule: ExitRule | None, cost: StreamLatency | DecoderLatency) -> np.ndarray:
+    """Return what a row that leaves at each column pays for deciding, float64 ``[E + 1]``.
+
+    It asks all exits up to the one taken; those that can never be taken are not asked.
+    """
+    asked = np.array([rule is not None and layer in rule.reachable for layer in rows.layers], dtype=np.int64)
+    if rule is None:
+        return np.zeros(len(asked) + 1)
+    exit_ms = cost.exit_ms if isinstance(cost, StreamLatency) else cost.exit_ms.get(rule.signal, 0.0)
+    tried = np.append(np.cumsum(asked), asked.sum())
+    return tried * _signal_cost(rows.name, rule, cost.signal_ms) + np.append(np.full(len(asked), exit_ms), 0.0)
+
+
+def _thresholds(rows: StreamRows, rule: ExitRule, layer: int) -> np.ndarray:
+    """Return the rule's threshold at an exit, for every row or one for all."""
+    if rule.decay is None and not rule.from_step:
+        return np.array(rule.reachable[layer])
+    if not rows.steps:
+        raise ValueError(
+            f"The rule of stream {rows.name!r} cannot be simulated: its thresholds change with the step, and the trace "
+            "does not say how long answers may be"
+        )
+    at = [rule.thresholds_at(step, rows.steps).get(layer, math.inf) for step in range(rows.steps)]
+    return np.array(at)[rows.step]
+
+
+def _first_harm(rows: StreamRows, column: np.ndarray) -> np.ndarray:
+    """Return the column at which each sample's output first differs, int ``[n]``: ``E`` if it never does."""
+    harmed = np.zeros(len(column), dtype=bool)
+    for e, harm in enumerate(rows.harm):
+        harmed |= (column == e) & harm
+    where = np.flatnonzero(harmed)
+    first = np.diff(rows.sample[where], prepend=-1) > 0
+    changed_at = np.full(rows.samples, len(rows.layers))
+    changed_at[rows.sample[where[first]]] = column[where[first]]
+    return changed_at
 
 
 def _just_in_time(
-    depth: np.ndarray, num_layers: int, cost: DecoderLatency, prompts: np.ndarray
+    rows: StreamRows, column: np.ndarray, cost: DecoderLatency, ms: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ms of all layers run and the (position, layer) pairs computed, each ``[n]``.
+    """Return ``ms`` with that of all layers run, and the (position, layer) pairs computed, each ``[n]``.
 
     A layer reached at step t takes all positions it has not seen yet, in one block (DEED): at first those of the
-    decoder prompt too.
+    decoder prompt too, and it projects its cross-attention K/V.
     """
-    n, steps = depth.shape
-    after = prompts[:, None] + np.arange(1, steps + 1)  # positions, once a step has run
-    block_ms = cost.layer_cost(np.arange(prompts.max(initial=0) + steps + 1))
-    ms, pairs = np.zeros(n), np.zeros(n, dtype=np.int64)
-    for layer in range(1, num_layers + 1):
-        reached = depth >= layer
-        seen = np.maximum.accumulate(np.where(reached, after, 0), axis=1)  # positions whose K/V the layer has
-        pending = np.diff(seen, axis=1, prepend=0)
-        ms += block_ms[pending].sum(axis=1) + cost.cross_ms * reached.any(axis=1)  # projected when first reached
-        pairs += seen[:, -1] if steps else 0
+    block_ms = cost.layer_cost(np.arange(rows.position.max(initial=0) + 1))
+    pairs = np.zeros(len(ms), dtype=np.int64)
+    sample, position = rows.sample, rows.position
+    for e, layers in enumerate(np.diff((0, *rows.layers, rows.num_layers))):  # run by the same rows, up to exit e
+        if e:
+            reached = column >= e
+            column, sample, position = column[reached], sample[reached], position[reached]
+        starts, ends = (np.flatnonzero(np.diff(sample, **at)) for at in ({"prepend": -1}, {"append": -1}))
+        pending = np.diff(position, prepend=0)
+        pending[starts] = position[starts]
+        ms += layers * np.bincount(sample, block_ms[pending], len(ms))
+        ms[sample[starts]] += layers * cost.cross_ms
+        pairs[sample[ends]] += layers * position[ends]
     return ms, pairs
 
 
-def _check_rule(name: str, rule: ExitRule | None) -> None:
-    """Refuse what one exit's score in one full-depth pass does not decide."""
-    if rule is None:
-        return
-    if rule.decay is not None or rule.from_step:
-        asked = "`decay` and `from_step` change thresholds with the step"
-    elif rule.signal in ("patience", "flat_similarity"):
-        asked = f"signal {rule.signal!r} is no score of one exit and one sample"
-    else:
-        return
-    raise ValueError(f"The rule of stream {name!r} cannot be simulated: {asked}; decode with the engine")
-
-
-def _thresholds(stream: StreamTrace, name: str, rule: ExitRule | None) -> np.ndarray:
-    """Return the rule's threshold at each of the trace's exits, float64 ``[E]``, inf where it has none."""
-    thresholds = np.full(len(stream.layers), np.inf)
-    if rule is None:
-        return thresholds
-    for layer, threshold in zip(rule.layers, rule.thresholds, strict=True):
-        if layer in stream.layers:
-            thresholds[stream.layers.index(layer)] = threshold
-        elif layer != stream.num_layers:  # an exit after the last layer is full depth
-            raise ValueError(
-                f"The policy leaves stream {name!r} after layer {layer}; the trace has exits after "
-                f"{list(stream.layers)} and {stream.num_layers} layers. Collect a trace with that exit"
-            )
-    return thresholds
+def _check_rule(rows: StreamRows, rule: ExitRule) -> None:
+    """Refuse what one exit's score in one full-depth pass does not decide, and what the trace does not hold."""
+    if rule.signal in ("patience", "flat_similarity"):
+        raise ValueError(
+            f"The rule of stream {rows.name!r} cannot be simulated: signal {rule.signal!r} is no score of one exit and "
+            "one sample; decode with the engine"
+        )
+    if rule.signal != "static" and rule.signal not in rows.scores:
+        raise ValueError(f"The policy reads signal {rule.signal!r}, the trace holds {sorted(rows.scores)}")
+    exits = (*rows.layers, rows.num_layers)  # an exit after the last layer is full depth
+    if unknown := sorted(set(rule.layers) - set(exits)):
+        raise ValueError(
+            f"The policy leaves stream {rows.name!r} after layer {unknown[0]}; the trace has exits after "
+            f"{list(rows.layers)} and {rows.num_layers} layers. Collect a trace with that exit"
+        )
 
 
 def _signal_cost(name: str, rule: ExitRule | None, costs: Mapping[str, float]) -> float:
@@ -194,18 +225,3 @@ def _signal_cost(name: str, rule: ExitRule | None, costs: Mapping[str, float]) -
             "measure it again"
         )
     return costs[rule.signal]
-
-
-def _exit_columns(stream: StreamTrace, rule: ExitRule | None, thresholds: np.ndarray) -> np.ndarray:
-    """Return the column at which each sample (or step) leaves, int ``[n]`` or ``[n, T]``."""
-    shape = stream.score_at.shape[:1] if stream.agree is None else stream.agree.shape[:2]
-    if rule is None or rule.signal == "static":
-        first = int(np.argmax(np.append(thresholds <= 1.0, True)))
-        return np.full(shape, first)
-    if rule.signal not in stream.scores:
-        raise ValueError(f"The policy reads signal {rule.signal!r}, the trace holds {sorted(stream.scores)}")
-    scores = stream.scores[rule.signal]
-    # a threshold has the scores' precision in the engine (a float32 tensor compared with a number), so here too
-    leaves = scores >= thresholds.astype(scores.dtype)
-    last = np.ones((*shape, 1), dtype=bool)
-    return np.concatenate([leaves, last], axis=-1).argmax(axis=-1)

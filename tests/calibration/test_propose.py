@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from lightning_mue.calibration.candidates import CAUTION
-from lightning_mue.calibration.dials import GRID, dial_rule, stream_options
+from lightning_mue.calibration.dials import DECAYS, GRID, Dials, stream_options
 from lightning_mue.calibration.frontier import pareto, peel
 from lightning_mue.calibration.losses import p_value
 from lightning_mue.calibration.propose import propose
+from lightning_mue.calibration.rows import StreamRows
 from lightning_mue.calibration.simulate import simulate
 from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.trace import Trace
@@ -41,7 +42,7 @@ def test_dial_takes_the_smallest_threshold_that_does_little_harm(make_trace, lev
     stream = trace.streams["vision"]
     stream.scores["gate"] = (np.round(stream.scores["gate"] * levels) / levels).astype(np.float32)
     for gamma in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3):
-        rule = dial_rule(trace, "vision", "gate", gamma)
+        rule = Dials(StreamRows.of(trace, "vision"), "gate").rule(gamma)
         left_in = np.ones(200, dtype=bool)
         for column, layer in enumerate(stream.layers):
             scores, harm = stream.scores["gate"][:, column], ~stream.same_at[:, column]
@@ -58,19 +59,41 @@ def test_dial_takes_the_smallest_threshold_that_does_little_harm(make_trace, lev
                 left_in &= scores < found
 
 
+def test_a_falling_dial_does_as_little_harm(make_trace):
+    """Its first exit takes the smallest base threshold that does, found here by trying every one that matters."""
+    trace = make_trace(n=200, seed=2, difficulty=0.6)
+    trace.meta["decode"] = {"max_new_tokens": 6}
+    rows, (beta, tau) = StreamRows.of(trace, "decoder"), DECAYS[0]
+    for gamma in (0.03, 0.1, 0.2):
+        rule = Dials(rows, "gate", DECAYS[0]).rule(gamma)
+        rise = (1 - beta) * np.exp(-tau * rows.step / 6)
+        scores, harm = rows.scores["gate"][0].astype(np.float64), rows.harm[0]
+        allowed = [
+            base
+            for base in (scores - rise) / beta
+            if base <= 1
+            and (harm[leaves := scores >= beta * base + rise - 1e-9].sum() + 0.5) / (leaves.sum() + 1) <= gamma
+        ]
+        assert rule.decay == DECAYS[0]
+        assert rule.reachable[1] == pytest.approx(max(min(allowed), 0), abs=2 * GRID)
+    assert all(t <= 1 for t in rule.thresholds)
+    assert {rule.decay for rule in stream_options(rows, np.array([0.1])) if rule} == {None, *DECAYS}
+    assert {rule.decay for rule in stream_options(StreamRows.of(trace, "vision"), np.array([0.1])) if rule} == {None}
+
+
 def test_a_bolder_dial_leaves_earlier(make_trace, latency):
     trace = make_trace()
-    depth = []
+    depth, dials = [], Dials(StreamRows.of(trace, "decoder"), "gate")
     for gamma in (0.005, 0.05, 0.5):
-        rule = dial_rule(trace, "decoder", "gate", gamma)
+        rule = dials.rule(gamma)
         depth.append(simulate(trace, ExitPolicy({"decoder": rule} if rule else {}), latency).ms.mean())
     assert depth[0] > depth[1] > depth[2]
-    assert dial_rule(trace, "decoder", "gate", 1e-9) is None  # too little data to allow anything
+    assert dials.rule(1e-9) is None  # too little data to allow anything
 
 
 def test_options_hold_every_static_depth(make_trace):
     trace = make_trace(n=200, seed=2, difficulty=0.6)
-    options = stream_options(trace, "vision", np.array([0.01, 0.1, 0.3]))
+    options = stream_options(StreamRows.of(trace, "vision"), np.array([0.01, 0.1, 0.3]))
     assert options[0] is None
     for signal in trace.streams["vision"].scores:  # at every exit, and at each alone
         asked = {rule.layers for rule in options if rule and rule.signal == signal}
@@ -121,7 +144,7 @@ def test_no_combination_of_options_beats_the_frontier(make_trace, latency):
     trace = make_trace(n=80, steps=4)
     proposal = propose(trace, latency, "consistency", 0.9, 0.95, dials=3)
     gammas = np.geomspace(0.1 / 30, 0.5, 3)
-    choices = [stream_options(trace, name, gammas) for name in sorted(trace.streams)]
+    choices = [stream_options(StreamRows.of(trace, name), gammas) for name in sorted(trace.streams)]
     for rules in itertools.product(*choices):
         policy = ExitPolicy({n: r for n, r in zip(sorted(trace.streams), rules, strict=True) if r})
         found = simulate(trace, policy, latency)

@@ -8,6 +8,7 @@ import pytest
 from lightning_mue.calibration import Decoded, p_value, propose, rehearse, simulate
 from lightning_mue.calibration.candidates import CAUTION
 from lightning_mue.calibration.dials import stream_options
+from lightning_mue.calibration.rows import StreamRows
 from lightning_mue.policy import ExitPolicy, ExitRule
 
 KEEP = 0.9
@@ -82,7 +83,11 @@ def test_fewer_streams_are_worth_decoding_too(trace, latency):
     for c in few:
         if len(c.policy.rules) == 1:  # of this stream alone, the fastest that uses at most half
             (name,) = c.policy.rules
-            options = [rule for rule in stream_options(trace, name, np.geomspace((1 - KEEP) / 30, 0.5, 12)) if rule]
+            options = [
+                rule
+                for rule in stream_options(StreamRows.of(trace, name), np.geomspace((1 - KEEP) / 30, 0.5, 12))
+                if rule
+            ]
             allowed = [rule for rule in options if half_used(trace, ExitPolicy({name: rule}), latency) <= 0.5]
             times = [simulate(trace, ExitPolicy({name: rule}), latency).ms.mean() for rule in allowed]
             assert c.ms == pytest.approx(min(times))

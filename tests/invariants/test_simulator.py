@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_mue.backbones import view
 from lightning_mue.calibration.simulate import simulate
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.record import record
@@ -24,20 +25,23 @@ def traced(request):
     model = zoo.shared(request.param, seed=1)
     tensors = zoo.inputs(request.param, SAMPLES)
     ids = [f"s{i:02d}" for i in range(SAMPLES)]
-    trace = record(model, tensors, ids, ids, lambda s: [float(len(set(r.tolist())) % 2) for r in s])
+    meta = {"decode": view(model).decode_settings(None).plain}
+    trace = record(model, tensors, ids, ids, lambda s: [float(len(set(r.tolist())) % 2) for r in s], meta=meta)
     full = ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors).sequences
     return request.param, model, tensors, trace, full
 
 
 @pytest.mark.parametrize("signal", list(SIGNAL_MS))
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
-def test_depths_and_pairs(traced, signal, share):
+@pytest.mark.parametrize(
+    ("share", "falling"), [(0.1, {}), (0.3, {}), (0.6, {}), (0.6, {"decay": (0.9, 4.0)}), (0.6, {"from_step": 2})]
+)
+def test_depths_and_pairs(traced, signal, share, falling):
     name, model, tensors, trace, full = traced
     layers = zoo.exit_layers(name)["decoder"]
     scores = trace.streams["decoder"].scores[signal]
     steps = np.arange(scores.shape[1])[None, :] < trace.lengths[:, None]
     thresholds = [float(np.quantile(scores[..., e][steps], 1 - share)) for e in range(len(layers))]
-    policy = ExitPolicy({"decoder": ExitRule(signal, layers, thresholds)})
+    policy = ExitPolicy({"decoder": ExitRule(signal, layers, thresholds, **falling)})
     out = ExitEngine(model, policy).generate(**tensors)
     found = simulate(trace, policy, LATENCY)
     agreeing = []
@@ -112,8 +116,6 @@ def test_what_was_not_computed_is_not_in_the_trace(traced):
     [
         (ExitRule.static(1), "propagate", "`kv_fill='propagate'` changes states and cannot be simulated; decode with"),
         (ExitRule.static(1), "copy", "`kv_fill='copy'` changes states and cannot be simulated"),
-        (ExitRule("gate", (1,), (0.5,), decay=(0.9, 1.0)), "just-in-time", "'decoder' cannot be simulated: `decay`"),
-        (ExitRule("gate", (1,), (0.5,), from_step=2), "just-in-time", "'decoder' cannot be simulated: .*`from_step`"),
         (ExitRule("patience", (1,), (2.0,)), "just-in-time", "'decoder' cannot be simulated: signal 'patience'"),
         (ExitRule("flat_similarity", (1,), (0.5,)), "just-in-time", "simulated: signal 'flat_similarity' is no score"),
     ],
