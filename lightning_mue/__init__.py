@@ -9,13 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_mue.calibration.watch import Watch
     from lightning_mue.callbacks import CalibrateExits, CollectTrace, LogExitDepth, MultiExitSupervision
+    from lightning_mue.certificate import Certificate
     from lightning_mue.data import ShardsDataModule
     from lightning_mue.exits import ExitConfig, attach_exits, detach_exits, load_exits, save_exits
     from lightning_mue.export import freeze, load
     from lightning_mue.inference import ExitEngine
+    from lightning_mue.inference.watched import WatchedEngine
     from lightning_mue.latency import LatencyTable
-    from lightning_mue.policy import Certificate, ExitPolicy, ExitRule
+    from lightning_mue.policy import ExitPolicy, ExitRule
+    from lightning_mue.promise import Promise
     from lightning_mue.trace import Trace
     from lightning_mue.training import MultiExitModule
 
@@ -23,7 +27,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CalibrateExits": "callbacks",
-    "Certificate": "policy",
+    "Certificate": "certificate",
     "CollectTrace": "callbacks",
     "ExitConfig": "exits",
     "ExitEngine": "inference",
@@ -33,8 +37,11 @@ _HOMES = {
     "LogExitDepth": "callbacks",
     "MultiExitModule": "training",
     "MultiExitSupervision": "callbacks",
+    "Promise": "promise",
     "ShardsDataModule": "data",
     "Trace": "trace",
+    "Watch": "calibration.watch",
+    "WatchedEngine": "inference.watched",
     "attach_exits": "exits",
     "detach_exits": "exits",
     "freeze": "export",
@@ -55,8 +62,11 @@ __all__ = [
     "LogExitDepth",
     "MultiExitModule",
     "MultiExitSupervision",
+    "Promise",
     "ShardsDataModule",
     "Trace",
+    "Watch",
+    "WatchedEngine",
     "attach_exits",
     "detach_exits",
     "freeze",

@@ -124,7 +124,7 @@ def _policy(args: Sequence[str]) -> None:
 
     policy = ExitPolicy.load(found.file)
     print(policy.depths_in_words())
-    print(policy.certificate.in_words() if policy.certificate else "Uncalibrated: no promise is made.")
+    print(policy.certificate.explained() if policy.certificate else "Uncalibrated: no promise is made.")
 
 
 def _data(args: Sequence[str]) -> None:

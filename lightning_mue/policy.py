@@ -10,13 +10,14 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_mue.certificate import Certificate
 from lightning_mue.files import write_text
 
-SCHEMA = 1
+SCHEMA = 2
 
 SIGNAL_RANGES: dict[str, tuple[float, float]] = {
     "similarity": (-1.0, 1.0),
@@ -100,51 +101,6 @@ class ExitRule:
 
 
 @dataclass(frozen=True)
-class Certificate:
-    """What was promised, and the test that allows the promise.
-
-    ``kind`` is ``certified`` (the promise holds with ``confidence_level`` over the draw of the calibration data),
-    ``uncertified`` (simulated only) or ``full depth`` (nothing passed; the promise holds trivially).
-    """
-
-    kind: str
-    metric: str
-    keep: float
-    confidence_level: float
-    n: int = 0
-    clusters: int = 0
-    p_value: float | None = None
-    mean_loss: float | None = None
-    score: float | None = None
-    score_full_depth: float | None = None
-    method: str = ""
-    seed: int = 0
-    split_hash: str = ""
-    chain_hash: str = ""
-    data_fingerprint: str = ""
-    decode: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    note: str = ""
-
-    def in_words(self) -> str:
-        """Return the promise as one or two plain sentences."""
-        what = {
-            "consistency": f"gives the full-depth output on at least {self.keep:.1%} of inputs",
-        }.get(self.metric, f"keeps at least {self.keep:.1%} of the full-depth {self.metric.replace('_', ' ')}")
-        if self.kind == "certified":
-            text = (
-                f"With {self.confidence_level:.0%} confidence over the draw of the calibration data, this policy "
-                f"{what} on new data from the same source (n = {self.n} samples in {self.clusters} clusters, "
-                f"p = {self.p_value:.2g}, {self.method})."
-            )
-        elif self.kind == "full depth":
-            text = "No exit policy was certified: this is the full-depth model."
-        else:
-            text = "Uncertified: thresholds were simulated on data that also chose the checkpoint; no promise is made."
-        return f"{text} {self.note}".strip()
-
-
-@dataclass(frozen=True)
 class ExitPolicy:
     """Exit rules by stream name; a stream without a rule runs at full depth.
 
@@ -154,6 +110,7 @@ class ExitPolicy:
             approximations.
         backlog: with them, so many of the latest positions are still computed exactly; only those further back are
             filled.
+        groups: only samples of these groups may leave early, all others run at full depth; None: there are no groups.
         fingerprint: of the weights the thresholds belong to; the engine refuses others. None: any weights.
         certificate: None means uncalibrated.
     """
@@ -161,6 +118,7 @@ class ExitPolicy:
     rules: Mapping[str, ExitRule] = field(default_factory=dict)
     kv_fill: str = "just-in-time"
     backlog: int = 0
+    groups: tuple[str, ...] | None = None
     fingerprint: str | None = None
     certificate: Certificate | None = None
 
@@ -225,8 +183,9 @@ class ExitPolicy:
             "rules": rules,
             "kv_fill": self.kv_fill,
             "backlog": self.backlog,
+            "groups": list(self.groups) if self.groups is not None else None,
             "fingerprint": self.fingerprint,
-            "certificate": asdict(self.certificate) if self.certificate else None,
+            "certificate": self.certificate.to_dict() if self.certificate else None,
         }
         return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
@@ -255,8 +214,9 @@ class ExitPolicy:
                 )
                 for name, r in data["rules"].items()
             }
-            certificate = Certificate(**data["certificate"]) if data.get("certificate") else None
-            return cls(rules, data["kv_fill"], data.get("backlog", 0), data["fingerprint"], certificate)
+            certificate = Certificate.from_dict(data["certificate"]) if data.get("certificate") else None
+            groups = tuple(data["groups"]) if data.get("groups") is not None else None
+            return cls(rules, data["kv_fill"], data.get("backlog", 0), groups, data["fingerprint"], certificate)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} must be a policy; an entry is missing or of another kind: {error}") from error
 

@@ -156,23 +156,24 @@ def _tune(
         raise ValueError("`methods` are tuned to the promise of the calibrated policy; this one has no certificate.")
     if exits is None:
         raise ValueError("The methods compared need exits; call `attach_exits(model, config)` and train them.")
-    keep, batches = policy.certificate.keep, [on_device(batch, model) for batch in tuning]
+    promise, batches = policy.certificate.promise, [on_device(batch, model) for batch in tuning]
     if not batches:
         raise ValueError("There is no data to tune the methods on; give `tuning`, or more calibration data.")
     steps = backbone.decode_settings(None).max_new_tokens
     methods = families(exits.layers, num_layers(backbone), steps, exits.config.gate)
     bar = bars.add_task("tuning the methods", total=len(methods))
-    tuned, least = _Tuned(), keep * decode(ExitPolicy.full_depth(), batches).quality
+    tuned, least = _Tuned(), promise.least(decode(ExitPolicy.full_depth(), batches).quality)
+    kept = f"{promise.keep:.1%}" if promise.keep is not None else f"all but {promise.drop:g}"
     for method, family in methods.items():
         found = boldest(family, lambda p: decode(p, batches).quality, least)
         if method != STATIC:
             tuned.policies[method] = found
-            tuned.notes[method] = "" if found.rules else f"at full depth: no setting kept {keep:.1%}"
+            tuned.notes[method] = "" if found.rules else f"at full depth: no setting kept {kept}"
         elif found.rules:
-            tuned.notes[_static(found.rules["decoder"].layers[0])] = f"boldest static depth that kept {keep:.1%}"
+            tuned.notes[_static(found.rules["decoder"].layers[0])] = f"boldest static depth that kept {kept}"
         bars.advance(bar)
     tuned.note = (
-        f"Each method of the literature has the boldest setting that kept {keep:.1%} of full-depth quality on "
+        f"Each method of the literature has the boldest setting that kept {kept} of full-depth quality on "
         f"{_count(batches)} samples of the calibration data; unlike the calibrated exits, none is certified."
     )
     return tuned

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-SCHEMA = "lightning_mue.trace/2"
+SCHEMA = "lightning_mue.trace/3"
 
 
 @dataclass
@@ -28,14 +28,14 @@ class StreamTrace:
         num_layers: layers at full depth.
         scores: signal -> float32 array, ``[n, E]`` (vision, encoder) or ``[n, T, E]`` (decoder), higher = safer.
         agree: decoder only, bool ``[n, T, E]``: the exit's token equals the full-depth token of that step.
-        score_at: metric score ``[n, E]`` when this stream alone always leaves at the exit.
+        score_at: metric -> score ``[n, E]`` when this stream alone always leaves at the exit.
         same_at: bool ``[n, E]``: the whole output equals the full-depth output when this stream alone leaves there.
     """
 
     layers: tuple[int, ...]
     num_layers: int
     scores: dict[str, np.ndarray]
-    score_at: np.ndarray
+    score_at: dict[str, np.ndarray]
     same_at: np.ndarray
     agree: np.ndarray | None = None
 
@@ -47,16 +47,18 @@ class Trace:
     Args:
         sample_ids: ``n`` distinct names.
         clusters: ``n`` names of the sources (pictures); samples of one cluster are dependent.
-        full_score: metric score of the full-depth output, float64 ``[n]`` in [0, 1].
+        groups: ``n`` names of the groups that promises may be about; "" where there are none.
+        full_score: metric -> score of the full-depth output, float64 ``[n]``; nothing without references.
         lengths: tokens decoded at full depth (end token included), int ``[n]``.
         prompts: tokens of the decoder prompt, which the decoder's layers run over first, int ``[n]``.
         streams: stream name -> StreamTrace.
-        meta: plain JSON values: metric, decode settings, fingerprint of the weights, data fingerprint.
+        meta: plain JSON values: decode settings, fingerprint of the weights, data fingerprint.
     """
 
     sample_ids: list[str]
     clusters: list[str]
-    full_score: np.ndarray
+    groups: list[str]
+    full_score: dict[str, np.ndarray]
     lengths: np.ndarray
     prompts: np.ndarray
     streams: dict[str, StreamTrace]
@@ -73,7 +75,7 @@ class Trace:
                 s.layers,
                 s.num_layers,
                 {k: v[index] for k, v in s.scores.items()},
-                s.score_at[index],
+                {k: v[index] for k, v in s.score_at.items()},
                 s.same_at[index],
                 None if s.agree is None else s.agree[index],
             )
@@ -82,7 +84,8 @@ class Trace:
         return Trace(
             [self.sample_ids[i] for i in index],
             [self.clusters[i] for i in index],
-            self.full_score[index],
+            [self.groups[i] for i in index],
+            {k: v[index] for k, v in self.full_score.items()},
             self.lengths[index],
             self.prompts[index],
             streams,
@@ -101,9 +104,7 @@ class Trace:
             raise ValueError("There is no trace to merge: no rank saw any sample.")
         first = parts[0]
         for part in parts[1:]:
-            if part.meta != first.meta or {k: (s.layers, s.num_layers) for k, s in part.streams.items()} != {
-                k: (s.layers, s.num_layers) for k, s in first.streams.items()
-            }:
+            if part._made_of() != first._made_of():
                 raise ValueError("Traces of different models, exits or settings cannot be merged; collect them again.")
         steps = max(int(p.lengths.max()) for p in parts)
         ids = [i for p in parts for i in p.sample_ids]
@@ -111,7 +112,8 @@ class Trace:
         joined = Trace(
             ids,
             [c for p in parts for c in p.clusters],
-            np.concatenate([p.full_score for p in parts]),
+            [g for p in parts for g in p.groups],
+            {metric: np.concatenate([p.full_score[metric] for p in parts]) for metric in first.full_score},
             np.concatenate([p.lengths for p in parts]),
             np.concatenate([p.prompts for p in parts]),
             streams,
@@ -120,14 +122,20 @@ class Trace:
         _, index = np.unique(np.array(ids), return_index=True)  # sorted by id, first occurrence wins
         return joined.select(index)
 
+    def _made_of(self) -> Any:
+        """Return what traces that can be joined have in common."""
+        return self.meta, sorted(self.full_score), {k: (s.layers, s.num_layers) for k, s in self.streams.items()}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace as one safetensors file with a JSON header (aside, then renamed)."""
-        arrays = {"full_score": self.full_score, "lengths": self.lengths, "prompts": self.prompts}
-        header: dict[str, Any] = {"sample_ids": self.sample_ids, "clusters": self.clusters, "meta": self.meta}
+        arrays = {"lengths": self.lengths, "prompts": self.prompts}
+        arrays |= {f"full_score.{metric}": scores for metric, scores in self.full_score.items()}
+        names = {"sample_ids": self.sample_ids, "clusters": self.clusters, "groups": self.groups}
+        header: dict[str, Any] = names | {"meta": self.meta}
         header["streams"] = {n: {"layers": list(s.layers), "num_layers": s.num_layers} for n, s in self.streams.items()}
         for name, s in self.streams.items():
             arrays |= {f"{name}.scores.{k}": v for k, v in s.scores.items()}
-            arrays |= {f"{name}.score_at": s.score_at, f"{name}.same_at": s.same_at}
+            arrays |= {f"{name}.score_at.{k}": v for k, v in s.score_at.items()} | {f"{name}.same_at": s.same_at}
             if s.agree is not None:
                 arrays[f"{name}.agree"] = s.agree
         path = Path(path)
@@ -155,18 +163,22 @@ class Trace:
             raise ValueError(f"{path} must hold a trace ({SCHEMA}), found {header.get('format')!r}")
         streams = {}
         for name, s in header["streams"].items():
-            prefix = f"{name}.scores."
-            scores = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
             streams[name] = StreamTrace(
                 tuple(s["layers"]),
                 s["num_layers"],
-                scores,
-                arrays[f"{name}.score_at"],
+                _named(arrays, f"{name}.scores."),
+                _named(arrays, f"{name}.score_at."),
                 arrays[f"{name}.same_at"],
                 arrays.get(f"{name}.agree"),
             )
-        full_score, lengths, prompts = (arrays[name] for name in ("full_score", "lengths", "prompts"))
-        return cls(header["sample_ids"], header["clusters"], full_score, lengths, prompts, streams, header["meta"])
+        ids, clusters, groups = (header[name] for name in ("sample_ids", "clusters", "groups"))
+        scores, lengths, prompts = _named(arrays, "full_score."), arrays["lengths"], arrays["prompts"]
+        return cls(ids, clusters, groups, scores, lengths, prompts, streams, header["meta"])
+
+
+def _named(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Return the arrays whose names begin so, under the rest of their names."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def _concat(parts: Sequence[StreamTrace], steps: int) -> StreamTrace:
@@ -182,7 +194,7 @@ def _concat(parts: Sequence[StreamTrace], steps: int) -> StreamTrace:
         parts[0].layers,
         parts[0].num_layers,
         {k: join([p.scores[k] for p in parts], stepwise) for k in parts[0].scores},
-        join([p.score_at for p in parts], False),
+        {k: join([p.score_at[k] for p in parts], False) for k in parts[0].score_at},
         join([p.same_at for p in parts], False),
         join([p.agree for p in parts if p.agree is not None], True) if stepwise else None,
     )

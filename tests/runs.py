@@ -131,6 +131,7 @@ def members_of(shard):
 
 def policy_file(path, **changes):
     """Write a policy as JSON, whatever it says."""
-    plain = {"schema": 1, "rules": {}, "kv_fill": "just-in-time", "fingerprint": None, "certificate": None}
+    nothing = {"groups": None, "fingerprint": None, "certificate": None}
+    plain = {"schema": 2, "rules": {}, "kv_fill": "just-in-time"} | nothing
     Path(path).write_text(json.dumps(plain | changes))
     return path

@@ -97,6 +97,8 @@ def test_no_validation_data(fitted, shards, tmp_path):
 
 def test_too_little_data_is_said_before_anything_is_decoded(fitted, monkeypatch, capsys):
     monkeypatch.setattr(decoding.SplitDecoder, "_decode", lambda *_: pytest.fail("decoded"))
+    recipe = (fitted / "recipe.yaml").read_text()
+    (fitted / "recipe.yaml").write_text(recipe.replace("keep: ", "estimate: false\n      keep: "))
     mue("calibrate", "-c", fitted / "recipe.yaml", "--keep", 0.98)
     policy = ExitPolicy.load(fitted / "policy.json")
     assert policy.is_full_depth
@@ -104,7 +106,7 @@ def test_too_little_data_is_said_before_anything_is_decoded(fitted, monkeypatch,
     text = capsys.readouterr().out
     assert "full-depth model" in text
     assert "keep=0.98 of consistency at 95% confidence needs at least" in text
-    assert f"there are {policy.certificate.clusters}. Gather more, or ask for less: keep=" in text
+    assert f"there are {policy.certificate.evidence[0].clusters}. Gather more, or ask for less: keep=" in text
     assert not list((fitted / "calibration").glob("decoded-*"))
 
 
@@ -114,8 +116,8 @@ def test_an_impossible_keep(fitted):
         mue("calibrate", "-c", fitted / "recipe.yaml", "--keep", 1.2)
     with pytest.raises(ValueError, match=message):
         CalibrateExits(keep=1.2)
-    with pytest.raises(ValueError, match=r"`metric` must be one of .*'cider'"):
-        mue("calibrate", "-c", fitted / "recipe.yaml", "--metric", "cider")
+    with pytest.raises(ValueError, match=r"`metric` must be one of .*'bleu'"):
+        mue("calibrate", "-c", fitted / "recipe.yaml", "--metric", "bleu")
     assert not (fitted / "calibration").exists()
 
 

@@ -3,16 +3,16 @@ import math
 
 import pytest
 
-from lightning_mue.policy import Certificate, ExitPolicy, ExitRule, chain_hash
+from lightning_mue.policy import ExitPolicy, ExitRule, chain_hash
+from tests.promises import certificate
 
 
 def example():
-    certificate = Certificate("certified", "accuracy", 0.98, 0.95, n=900, clusters=800, p_value=0.03, method="betting")
     rules = {
         "vision": ExitRule.static(3),
         "decoder": ExitRule("gate", (1, 2, 4), (0.25, math.inf, 1.0)),
     }
-    return ExitPolicy(rules, fingerprint="abc", certificate=certificate)
+    return ExitPolicy(rules, fingerprint="abc", certificate=certificate())
 
 
 def test_round_trip(tmp_path):
@@ -141,9 +141,9 @@ def test_a_backlog_that_means_nothing_is_refused(fill, backlog):
     [
         (example().to_json()[:200], "mine.json is not JSON"),
         ("", "mine.json is not JSON"),
-        ("[1]", "must be a policy of schema 1, found 'list'"),
-        ('{"schema": 2}', "must be a policy of schema 1, found 2"),
-        ('{"schema": 1, "streams": {}}', "mine.json must be a policy; an entry is missing"),
+        ("[1]", "must be a policy of schema 2, found 'list'"),
+        ('{"schema": 1}', "must be a policy of schema 2, found 1"),
+        ('{"schema": 2, "streams": {}}', "mine.json must be a policy; an entry is missing"),
         (example().to_json().replace('"p_value"', '"q_value"'), "mine.json must be a policy"),
         (example().to_json().replace('"from_step": 0', '"from_step": "soon"'), "mine.json must be a policy"),
         (example().to_json().replace('"decay": null', '"decay": [0.9]'), r"`decay` must be .*got \(0.9,\)"),
@@ -172,5 +172,5 @@ def test_words():
     text = example().certificate.in_words()
     assert "With 95% confidence" in text
     assert "keeps at least 98.0% of the full-depth accuracy" in text
-    assert "n = 900 samples in 800 clusters" in text
-    assert "same" not in Certificate("full depth", "consistency", 0.98, 0.95, note="Too few.").in_words()
+    assert "n = 900 samples in 300 clusters" in text
+    assert "same" not in certificate("full depth", "consistency", note="Too few.").in_words()

@@ -13,17 +13,17 @@ from PIL import Image
 from rich.console import Console
 
 from lightning_mue.calibration import Decoded, certify, propose, simulate
-from lightning_mue.calibration.losses import retention_losses
 from lightning_mue.data.scenes import scene_sample
 from lightning_mue.data.tokenizer import train_tokenizer
-from lightning_mue.policy import Certificate, ExitPolicy, ExitRule
+from lightning_mue.policy import ExitPolicy, ExitRule
+from lightning_mue.promise import Promise
 from lightning_mue.report import Row, ShownAnswer, print_table, split_text, table_markdown, write_html
 from lightning_mue.report.depths import draw_histograms, draw_levels, sample_depths
-from lightning_mue.report.frontier import used_of
 from lightning_mue.report.labels import Label, place_labels
 from lightning_mue.report.measured import draw_measured, unbeaten
 from lightning_mue.report.pictures import depth_css, pictures_html
 from tests.calibration.conftest import build_trace, latency  # noqa: F401
+from tests.promises import certificate
 
 ROWS = [
     Row("transformers", 0.7, 80.0, 101.0, 1.0, None, {"vision": 12.0, "decoder": 6.0}),
@@ -35,7 +35,7 @@ SHOWN = [
     ShownAnswer(PICTURE, "what is left ?", ["red cross"], ["red", " cross"], [1, 3, 2], True, 2, {"vision": 3}),
     ShownAnswer(PICTURE, "<b>which & why</b> ?", ["a < b", "c"], ["a", "", " <b>"], [4, 1, 1], False),
 ]
-CERTIFICATE = Certificate("certified", "exact_match", 0.98, 0.95, 900, 300, 0.0123, method="betting on cluster means")
+CERTIFICATE = certificate("certified", "exact_match")
 
 
 class Page(HTMLParser):
@@ -74,7 +74,7 @@ class Page(HTMLParser):
 def calibrated(latency):  # noqa: F811
     """Propose on one made-up trace, test on another."""
     trace, fresh = build_trace(n=600), build_trace(n=600, seed=5)
-    proposal = propose(trace, latency, "accuracy", 0.95, 0.95)
+    proposal = propose(trace, latency, [Promise("accuracy", 0.95)])
 
     def decode(policy):
         found = simulate(fresh, policy, latency)
@@ -83,12 +83,11 @@ def calibrated(latency):  # noqa: F811
     policy, tests = certify(
         proposal.chain,
         decode,
-        metric="accuracy",
-        keep=0.95,
+        promises=[Promise("accuracy", 0.95)],
         confidence_level=0.95,
         seed=0,
         clusters=fresh.clusters,
-        full_score_mean=0.7,
+        full_scores={"accuracy": 0.7},
     )
     return proposal, tests, policy, simulate(fresh, policy, latency)
 
@@ -182,7 +181,7 @@ def test_the_promise_is_drawn_where_the_quality_shown_is_the_promised_one(tmp_pa
         ("exact_match", "ROUGE-L", False),
         ("consistency", None, False),
     ):
-        policy = ExitPolicy(certificate=Certificate("certified", metric, 0.98, 0.95, 900, 300, 0.01))
+        policy = ExitPolicy(certificate=certificate("certified", metric))
         page = Page(write_html(tmp_path / "r.html", "t", rows, policy, quality=quality).read_text("utf-8"))
         assert ("keeps less than 98.0%" in page.text) == drawn
         assert "kept, of full" in page.text
@@ -204,11 +203,11 @@ def test_same_inputs_give_the_same_bytes(calibrated, tmp_path):
     [
         (ExitPolicy.full_depth(), "not calibrated"),
         (
-            ExitPolicy(certificate=Certificate("full depth", "accuracy", 0.9, 0.95, note="Too few samples.")),
+            ExitPolicy(certificate=certificate("full depth", keep=0.9, note="Too few samples.")),
             "full depth",
         ),
         (
-            ExitPolicy({"decoder": ExitRule.static(1)}, certificate=Certificate("uncertified", "accuracy", 0.9, 0.9)),
+            ExitPolicy({"decoder": ExitRule.static(1)}, certificate=certificate("uncertified", keep=0.9)),
             "unc",
         ),
     ],
@@ -242,13 +241,10 @@ def test_levels_must_be_of_the_same_samples(tmp_path):
 
 def test_the_loss_a_test_used(calibrated):
     """0 at full depth, 1 where the promise is only just kept: as `propose` counts it, on other data."""
-    proposal, tests, _, _ = calibrated
-    test, full = tests[0], tests[0].score_full_depth
-    expected = (1 - test.score / full) / (1 - proposal.keep)
-    assert used_of(test, proposal) == pytest.approx(expected)
-    assert test.result.mean_loss == pytest.approx(
-        retention_losses(np.array([test.score]), np.array([full]), proposal.keep)[0]
-    )
+    _, tests, _, _ = calibrated
+    (found,) = tests[0].evidence
+    assert tests[0].used == pytest.approx((1 - found.score / found.score_full_depth) / (1 - 0.95))
+    assert tests[0].result.mean_loss == pytest.approx((0.95 * found.score_full_depth - found.score) / 0.95)
 
 
 def test_depth_of_a_sample_is_the_mean_over_its_steps():

@@ -8,14 +8,15 @@ import torch
 
 from lightning_mue.callbacks.batches import single
 from lightning_mue.inference import ExitEngine
-from lightning_mue.policy import Certificate, ExitPolicy, ExitRule
+from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.side_by_side import side_by_side
+from tests.promises import certificate
 from tests.zoo import END, PAD, inputs, shared
 
 KEEP = 0.7
 CALIBRATED = ExitPolicy(
     {"decoder": ExitRule("confidence", (1, 2, 3, 4), (0.6,) * 4)},
-    certificate=Certificate("certified", "exact_match", KEEP, 0.95),
+    certificate=certificate("certified", "exact_match", KEEP),
 )
 PLAIN_ROWS = [
     "transformers, full depth",

@@ -3,6 +3,8 @@ import pytest
 
 from lightning_mue.trace import StreamTrace, Trace
 
+METRICS = ("accuracy", "anls")
+
 
 def example(ids, steps=4, seed=0, **meta):
     """Return a trace in which everything about a sample follows from its id."""
@@ -13,27 +15,38 @@ def example(ids, steps=4, seed=0, **meta):
     def table(*shape):
         return np.stack([r.random(shape) for r in rows]).astype(np.float32)
 
+    def scored(exits):
+        return {metric: table(exits) for metric in METRICS}
+
     taken = (np.arange(widest) < lengths[:, None])[..., None]
     full = [np.pad(r.random((k, 2)), ((0, widest - k), (0, 0))) for r, k in zip(rows, lengths, strict=True)]
     gate = np.stack(full).astype(np.float32)
     streams = {
-        "decoder": StreamTrace((1, 2), 4, {"gate": gate}, table(2), table(2) > 0.5, (gate > 0.3) & taken),
-        "vision": StreamTrace((3,), 6, {"similarity": table(1)}, table(1), table(1) > 0.5),
+        "decoder": StreamTrace(
+            (1, 2), 4, {"gate": gate}, {"anls": table(2), "accuracy": table(2)}, table(2) > 0.5, (gate > 0.3) & taken
+        ),
+        "vision": StreamTrace(
+            (3,), 6, {"similarity": table(1)}, {"anls": table(1), "accuracy": table(1)}, table(1) > 0.5
+        ),
     }
     clusters = [f"p{int(i[1:]) // 2}" for i in ids]
-    return Trace(list(ids), clusters, np.array([r.random() for r in rows]), lengths, lengths % 3, streams, meta)
+    full = {metric: np.array([r.random() for r in rows]) for metric in METRICS}
+    groups = [f"g{int(i[1:]) % 3}" for i in ids]
+    return Trace(list(ids), clusters, groups, full, lengths, lengths % 3, streams, meta)
 
 
 def same(a, b):
-    assert (a.sample_ids, a.clusters, a.meta) == (b.sample_ids, b.clusters, b.meta)
-    assert (a.full_score == b.full_score).all()
+    assert (a.sample_ids, a.clusters, a.groups, a.meta) == (b.sample_ids, b.clusters, b.groups, b.meta)
+    assert a.full_score.keys() == b.full_score.keys()
+    assert all((a.full_score[metric] == b.full_score[metric]).all() for metric in a.full_score)
     assert (a.lengths == b.lengths).all()
     assert (a.prompts == b.prompts).all()
     assert a.streams.keys() == b.streams.keys()
     for name, s in a.streams.items():
         t = b.streams[name]
         assert (s.layers, s.num_layers, s.scores.keys()) == (t.layers, t.num_layers, t.scores.keys())
-        for x, y in [(s.score_at, t.score_at), (s.same_at, t.same_at), *((s.scores[k], t.scores[k]) for k in s.scores)]:
+        tables = [(s.scores, t.scores), (s.score_at, t.score_at), ({"same": s.same_at}, {"same": t.same_at})]
+        for x, y in [(mine[k], theirs[k]) for mine, theirs in tables for k in mine]:
             assert x.dtype == y.dtype
             assert (x == y).all()
         assert (s.agree is None) == (t.agree is None)

@@ -124,10 +124,7 @@ def _line(name: str, checkpoint: str, seconds: float | None, args: argparse.Name
     copied = ExitPolicy({"decoder": ExitRule("margin", decoder, (0.9,) * len(decoder))}, kv_fill="propagate")
     copied_quality = answer(model, copied, batches, data, score).quality
     prefix = data.answer_constraint(view(model).decode_settings(None).end_ids[0])
-    parts = [
-        record(model, b, b["sample_id"], b["cluster"], lambda s: [0.0] * len(s), None, prefix)
-        for b in track(batches, name)
-    ]
+    parts = [record(model, b, b["sample_id"], b["cluster"], lambda s: {}, None, prefix) for b in track(batches, name)]
     trace = Trace.merge(parts)
     of_tokens, harmless = rows(trace, trace.streams["decoder"])
     at_first = [auroc(of_tokens[s][:, 0], harmless[:, 0]) for s in ("gate", "margin")]

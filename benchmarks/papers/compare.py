@@ -34,6 +34,7 @@ from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.compare import transformers_variant
 from lightning_mue.methods import STATIC, boldest, families, in_words, last_good
 from lightning_mue.policy import ExitPolicy, ExitRule
+from lightning_mue.promise import Promise
 from lightning_mue.side_by_side import FIRST, FULL, PLAIN, first_exits
 
 CERTIFIED, PROPOSED = "calibrated exits", "proposed exits (not certified)"
@@ -77,7 +78,7 @@ def _entries(task: Task, path: str | None) -> dict[str, Entry]:
         if name in methods and not policy.rules:
             entries[name].note = f"no setting kept {task.keep:.0%} on the tuning data"
     if certificate := found[ours].certificate:
-        entries[ours].note = f"{certificate.kind}: keeps {certificate.keep:.0%} of {certificate.metric}"
+        entries[ours].note = f"{certificate.kind}: {certificate.evidence[0].subject}"
     return entries | _lower_bounds(task, found[ours], entries[ours].answers)
 
 
@@ -90,7 +91,7 @@ def certified(task: Task, path: str) -> ExitPolicy:
     policy = ExitPolicy.load(path)
     ExitEngine(task.model, policy)  # refuses other weights
     certificate = policy.certificate
-    if certificate is None or (certificate.metric, certificate.keep) != (task.metric, task.keep):
+    if certificate is None or certificate.promise != Promise(task.metric, keep=task.keep):
         raise SystemExit(f"{path} promises {certificate}; asked was {task.keep} of {task.metric}.")
     return policy
 
@@ -115,7 +116,9 @@ def static_combinations(task: Task) -> list[ExitPolicy]:
 def _proposed(task: Task) -> ExitPolicy:
     """Return the boldest link of the chain, as the calibrator proposes and rehearses it, that keeps enough."""
     metric = "consistency" if task.tune_by == "outputs" or task.metric == "cider" else task.metric
-    proposal = rehearse(propose(task.trace, task.latency, metric, task.keep, 0.95), task.trace, task.rehearsed)
+    proposal = rehearse(
+        propose(task.trace, task.latency, [Promise(metric, keep=task.keep)]), task.trace, task.rehearsed
+    )
     links = [c.policy for c in proposal.chain]
     chosen = last_good(len(links), lambda k: task.tuning_quality(links[k - 1]) >= task.least)
     return links[chosen - 1] if chosen else ExitPolicy.full_depth()

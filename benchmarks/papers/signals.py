@@ -43,7 +43,7 @@ def main() -> None:
     prefix = data.answer_constraint(view(module.model).decode_settings(None).end_ids[0])
     batches = list(data.test_dataloader())[: args.batches]
     parts = [
-        record(module.model, b, b["sample_id"], b["cluster"], lambda s: [0.0] * len(s), None, prefix)
+        record(module.model, b, b["sample_id"], b["cluster"], lambda s: {}, None, prefix)
         for b in track(batches, "recording")
     ]
     trace = Trace.merge(parts)

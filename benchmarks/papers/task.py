@@ -112,7 +112,7 @@ class Task:
         found = answer(self.model, policy, self.tuning, self.data, self.score)
         ids = [name for batch in self.tuning for name in batch["sample_id"]]
         same = np.array([a == b for a, b in zip(found.texts, self._full.texts, strict=True)])
-        return Decoded(ids, found.clusters, found.scores, same)
+        return Decoded(ids, found.clusters, {self.metric: found.scores}, same)
 
     @cached_property
     def _full(self) -> Answers:
@@ -128,9 +128,9 @@ class Task:
             self.model, batch, batch["sample_id"], batch["cluster"], partial(self._scores, batch), None, self.prefix
         )
 
-    def _scores(self, batch: Batch, sequences: torch.Tensor) -> list[float]:
+    def _scores(self, batch: Batch, sequences: torch.Tensor) -> dict[str, list[float]]:
         texts = self.data.processor.decode(sequences[:, 1:])
-        return [self.score(text, refs) for text, refs in zip(texts, batch["references"], strict=True)]
+        return {self.metric: [self.score(text, refs) for text, refs in zip(texts, batch["references"], strict=True)]}
 
 
 def command(args: argparse.Namespace, module: str) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lightning_mue.calibration.frontier import pareto
-from lightning_mue.calibration.losses import sample_losses, tolerance_of
+from lightning_mue.calibration.requirements import Requirement, requirements_of
 from lightning_mue.policy import ExitPolicy
+from lightning_mue.promise import Promise
 from lightning_mue.trace import Trace
 
 USED_TARGETS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.1)
@@ -29,20 +30,18 @@ class Candidate:
 
     Args:
         policy: with the fingerprint of the trace, without a certificate.
-        risk: mean loss over clusters, the number that will be tested.
         used: the part of the allowed loss it uses, gains not counted, ``CAUTION`` standard errors added: 0 at full
-            depth, 1 where the promise is only just kept.
+            depth, 1 where the promise is only just kept; of several promises and groups, that of the tightest.
         ms: predicted milliseconds per sample.
-        score: mean metric score over clusters.
+        score: metric -> mean over clusters.
         same: fraction of outputs identical to full depth, over clusters.
         depths: stream name -> mean exit depth (decoder: over steps).
     """
 
     policy: ExitPolicy
-    risk: float
     used: float
     ms: float
-    score: float
+    score: dict[str, float]
     same: float
     depths: dict[str, float]
 
@@ -76,29 +75,45 @@ class Judge:
 
     Args:
         trace: the full-depth pass.
-        metric: of the promise.
-        keep: of the promise.
+        promises: what has to be kept.
+        groups: the groups that each promise is about in turn; None: all samples at once.
     """
 
-    def __init__(self, trace: Trace, metric: str, keep: float) -> None:
-        self.weights, self._trace, self._metric, self._keep = ClusterMeans(trace.clusters), trace, metric, keep
-        unchanged = np.ones(len(trace), dtype=bool)
-        self._at_full_depth = sample_losses(metric, trace.full_score, trace.full_score, unchanged, keep)
-        self.allowed = tolerance_of(metric, keep) - self.weights.mean(self._at_full_depth)
-        """How much more than full depth a policy may lose."""
+    def __init__(self, trace: Trace, promises: Sequence[Promise], groups: Sequence[str] | None = None) -> None:
+        self._trace, self._all = trace, ClusterMeans(trace.clusters)
+        self._requirements = [_Allowed(r, trace) for r in requirements_of(promises, groups, trace.groups)]
 
-    def harm(self, change: np.ndarray, same: np.ndarray) -> float:
-        """Return the mean loss, with caution, that one stream adds where it changes scores, or outputs, so: ``[n]``."""
-        return self.weights.cautious(~same if self._metric == "consistency" else -change / self._keep)
+    def used(self, score: Mapping[str, np.ndarray], same: np.ndarray) -> float:
+        """Return the part of the allowed loss used, with caution, when samples score so and stay the same or not."""
+        return max(requirement.used(score, same) for requirement in self._requirements)
 
     def candidate(
-        self, policy: ExitPolicy, score: np.ndarray, same: np.ndarray, ms: float, depths: dict[str, float]
+        self, policy: ExitPolicy, score: Mapping[str, np.ndarray], same: np.ndarray, ms: float, depths: dict[str, float]
     ) -> Candidate:
         """Return the candidate whose samples score so, ``[n]``, and stay the same or not, bool ``[n]``."""
-        losses = sample_losses(self._metric, score, self._trace.full_score, same, self._keep)
-        used = self.weights.cautious(losses - self._at_full_depth) / max(self.allowed, 1e-12)
-        mean = self.weights.mean
-        return Candidate(policy, mean(losses), used, ms, mean(score), mean(same), depths)
+        means = {metric: self._all.mean(score[metric]) for metric in self._trace.full_score}
+        return Candidate(policy, self.used(score, same), ms, means, self._all.mean(same), depths)
+
+
+class _Allowed:
+    """What one requirement allows to be lost beyond full depth."""
+
+    def __init__(self, requirement: Requirement, trace: Trace) -> None:
+        self._promise, self._rows = requirement.promise, requirement.rows
+        self._clusters = ClusterMeans([trace.clusters[i] for i in self._rows])
+        self._full = trace.full_score.get(self._promise.metric, _NONE)
+        self._full = self._full[self._rows] if len(self._full) else _NONE
+        unchanged = np.ones(len(self._rows), dtype=bool)
+        self._at_full_depth = self._promise.losses(self._full, self._full, unchanged)
+        self._allowed = self._promise.tolerance - self._clusters.mean(self._at_full_depth)
+
+    def used(self, score: Mapping[str, np.ndarray], same: np.ndarray) -> float:
+        mine = score[self._promise.metric][self._rows] if self._promise.metric in score else _NONE
+        losses = self._promise.losses(mine, self._full, same[self._rows])
+        return self._clusters.cautious(losses - self._at_full_depth) / max(self._allowed, 1e-12)
+
+
+_NONE = np.zeros(0)
 
 
 def frontier_of(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -8,7 +8,7 @@ most that level.
 from __future__ import annotations
 
 import hashlib
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -19,28 +19,16 @@ import scipy
 
 from lightning_mue.calibration.candidates import Candidate
 from lightning_mue.calibration.decoded import Decoded
-from lightning_mue.calibration.losses import TestResult, check_promise, cluster_means, p_value
+from lightning_mue.calibration.losses import check_level
+from lightning_mue.calibration.requirements import requirements_of
 from lightning_mue.calibration.sample_size import samples_estimate, shortage
-from lightning_mue.policy import Certificate, ExitPolicy, chain_hash
+from lightning_mue.calibration.tested import Tested, test_policy
+from lightning_mue.certificate import Certificate, Evidence
+from lightning_mue.policy import ExitPolicy, chain_hash
+from lightning_mue.promise import Promise
 
-
-@dataclass(frozen=True)
-class Tested:
-    """One link of the chain, tested.
-
-    Args:
-        candidate: what was tested.
-        result: the p-value and what it rests on.
-        accepted: whether it passed.
-        score: mean score over clusters.
-        score_full_depth: of full depth on the same samples.
-    """
-
-    candidate: Candidate
-    result: TestResult
-    accepted: bool
-    score: float
-    score_full_depth: float
+Decode = Callable[[ExitPolicy], Decoded]
+"""Runs a policy on the certify split with the engine that ships; full depth comes first."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +38,7 @@ class Provenance:
     Args:
         fingerprint: of the weights, for the full-depth policy returned if nothing passes; default: the chain's.
         data_fingerprint: of the data set.
-        decode: decode settings (maximal length, precision, batch rule).
+        decode: decode settings (maximal length, precision, batch rule, document frequencies).
         note: put at the end of the certificate, such as ``selection_reused``.
     """
 
@@ -59,85 +47,133 @@ class Provenance:
     decode: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
+    def certificate(self, evidence: Sequence[Evidence], confidence_level: float, seed: int, chain: str) -> Certificate:
+        """Return the certificate of full depth, before anything was decoded."""
+        return Certificate(
+            "full depth",
+            tuple(evidence),
+            confidence_level,
+            seed,
+            chain_hash=chain,
+            data_fingerprint=self.data_fingerprint,
+            decode=dict(self.decode),
+            versions=_versions(),
+            note=self.note,
+        )
+
 
 def certify(
     chain: Sequence[Candidate],
-    decode: Callable[[ExitPolicy], Decoded],
+    decode: Decode,
     *,
-    metric: str,
-    keep: float,
+    promises: Sequence[Promise],
     confidence_level: float,
     seed: int,
     clusters: Sequence[str],
-    full_score_mean: float,
+    full_scores: Mapping[str, float],
+    groups: Sequence[str] | None = None,
+    group_of: Sequence[str] = (),
+    estimate: bool = True,
     provenance: Provenance | None = None,
     on_tested: Callable[[Tested], None] | None = None,
 ) -> tuple[ExitPolicy, list[Tested]]:
     """Test the chain in order on fresh data; return the fastest policy that passed, with its certificate.
 
+    Of several promises and groups a policy has to keep all: the largest of their p-values is a p-value of "one of them
+    is broken", without correction. Too few samples to pass any test: an estimate takes its place, and promises nothing.
     Nothing passed: the full-depth policy, whose certificate's note says what would have been needed.
 
     Args:
         chain: from safe to bold, fixed before this data was seen (`propose`).
-        decode: runs a policy on the certify split with the engine that ships; full depth comes first.
-        metric: one of ``losses.METRICS``.
-        keep: the fraction to keep, in (0, 1).
-        confidence_level: of the promise, in (0, 1).
+        decode: runs a policy on the certify split.
+        promises: what a policy has to keep, all of them.
+        confidence_level: of all promises together, in (0, 1).
         seed: of the one permutation of the clusters; never the best of several.
-        clusters: cluster name of every sample of the certify split; with too few, nothing is decoded.
-        full_score_mean: mean full-depth score, known from the propose split; not read for consistency.
+        clusters: cluster name of every sample of the certify split.
+        full_scores: metric -> mean full-depth score, known from the propose split.
+        groups: keep the promises in each of these groups of samples; None: over all samples.
+        group_of: the group of every sample of the certify split.
+        estimate: whether too few samples are decoded for an estimate, or not at all.
         provenance: what else the certificate records.
         on_tested: called after every test.
 
     Raises:
-        ValueError: an impossible promise, or a policy was decoded on other samples than full depth.
+        ValueError: an impossible level, or a policy was decoded on other samples than full depth.
     """
-    check_promise(keep, metric, confidence_level)
+    check_level(confidence_level)
     provenance = provenance or Provenance()
     if provenance.fingerprint is None and chain:
         provenance = replace(provenance, fingerprint=chain[0].policy.fingerprint)
-    distinct = len(set(clusters))
-    promise = Certificate(
-        "full depth",
-        metric,
-        keep,
-        confidence_level,
-        clusters=distinct,
-        seed=seed,
-        chain_hash=chain_hash([candidate.policy for candidate in chain]),
-        data_fingerprint=provenance.data_fingerprint,
-        decode=dict(provenance.decode),
-        versions=_versions(),
-        note=provenance.note,
-    )
-    why = shortage(metric, keep, confidence_level, full_score_mean, distinct, distinct < len(clusters))
+    policies = [candidate.policy for candidate in chain]
+    sizes = _sizes(promises, clusters, groups, group_of)
+    record = provenance.certificate(sizes, confidence_level, seed, chain_hash(policies))
     if not chain:
         why = "No policy that is faster than full depth kept the promise on the propose split, so none was tested."
-    if why:
-        return _full_depth(promise, why, provenance), []
+        return _full_depth(record, why, provenance), []
+    few, hopeless = _too_few(sizes, confidence_level, full_scores)
+    if few and (hopeless or not estimate):
+        return _full_depth(record, few, provenance), []
     full = decode(ExitPolicy.full_depth()).in_order()
-    promise = replace(promise, split_hash=split_hash(full.sample_ids))
-    tests = _test_in_order(chain, decode, full, promise, on_tested)
+    record = replace(record, split_hash=split_hash(full.sample_ids))
+    tests = _test_in_order(chain, decode, full, record, promises, groups, bool(few), on_tested)
     accepted = [test for test in tests if test.accepted]
     if not accepted:
-        return _full_depth(promise, _what_was_missing(tests[-1], promise), provenance, tests[-1]), tests
+        why = few or _what_was_missing(tests[-1], confidence_level)
+        return _full_depth(replace(record, evidence=tests[-1].evidence), why, provenance), tests
     best = min(accepted, key=lambda test: test.candidate.ms)  # of equals the first, the safer
-    certificate = _with_test(replace(promise, kind="certified"), best)
+    kind, note = ("estimate", few) if few else ("certified", "")
+    certificate = replace(record, kind=kind, evidence=best.evidence, note=f"{note} {record.note}".strip())
     return replace(best.candidate.policy, certificate=certificate), tests
 
 
-def uncertified(candidate: Candidate, metric: str, keep: float, confidence_level: float, note: str = "") -> ExitPolicy:
+def worth_decoding(
+    promises: Sequence[Promise],
+    confidence_level: float,
+    clusters: Sequence[str],
+    full_scores: Mapping[str, float],
+    groups: Sequence[str] | None = None,
+    group_of: Sequence[str] = (),
+    estimate: bool = True,
+) -> bool:
+    """Return whether `certify`, given the same, will decode anything: whether there are samples enough."""
+    few, hopeless = _too_few(_sizes(promises, clusters, groups, group_of), confidence_level, full_scores)
+    return not few or (estimate and not hopeless)
+
+
+def uncertified(
+    candidate: Candidate, promises: Sequence[Promise], confidence_level: float, note: str = ""
+) -> ExitPolicy:
     """Return the candidate's policy marked as simulated only, for use inside training."""
-    certificate = Certificate(
-        "uncertified",
-        metric,
-        keep,
-        confidence_level,
-        mean_loss=candidate.risk,
-        score=_or_none(candidate.score),
-        note=note,
-    )
-    return replace(candidate.policy, certificate=certificate)
+    evidence = tuple(Evidence(promise, score=candidate.score.get(promise.metric)) for promise in promises)
+    return replace(candidate.policy, certificate=Certificate("uncertified", evidence, confidence_level, note=note))
+
+
+def groups_large_enough(
+    promises: Sequence[Promise],
+    confidence_level: float,
+    full_scores: Mapping[str, Mapping[str, float]],
+    clusters: Sequence[str],
+    group_of: Sequence[str],
+) -> tuple[str, ...]:
+    """Return the groups of which every promise can be certified; the others have to run at full depth.
+
+    Args:
+        promises: to be kept in each group.
+        confidence_level: of the promises.
+        full_scores: group -> metric -> mean full-depth score, known from the propose split; a group that is not there
+            is not large enough.
+        clusters: cluster name of every sample of the certify split.
+        group_of: its group.
+    """
+    counted = Counter(group_of)
+    distinct = Counter(group for _, group in set(zip(clusters, group_of, strict=True)))
+
+    def enough(group: str) -> bool:
+        scores, n = full_scores[group], distinct[group]
+        found = (Evidence(promise, group, counted[group], n) for promise in promises)
+        return not any(_shortage(e, confidence_level, scores) for e in found)
+
+    return tuple(group for group in sorted(distinct) if group in full_scores and enough(group))
 
 
 def split_hash(sample_ids: Sequence[str]) -> str:
@@ -145,11 +181,44 @@ def split_hash(sample_ids: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(sorted(set(sample_ids))).encode()).hexdigest()[:16]
 
 
+def _score(evidence: Evidence, full_scores: Mapping[str, float]) -> float:
+    """Return full depth's mean score, of what counts of it; consistency reads none."""
+    return min(full_scores.get(evidence.promise.metric, 1.0), evidence.promise.highest)
+
+
+def _sizes(
+    promises: Sequence[Promise], clusters: Sequence[str], groups: Sequence[str] | None, group_of: Sequence[str]
+) -> list[Evidence]:
+    """Return every promise of every group with its numbers of samples and clusters."""
+    return [
+        Evidence(r.promise, r.group, len(r.rows), len({clusters[i] for i in r.rows}))
+        for r in requirements_of(promises, groups, group_of if groups is not None else clusters)
+    ]
+
+
+def _too_few(
+    sizes: Sequence[Evidence], confidence_level: float, full_scores: Mapping[str, float]
+) -> tuple[str | None, bool]:
+    """Return why there are too few samples, None if there are enough; and whether no number of them would do."""
+    few = next((text for e in sizes if (text := _shortage(e, confidence_level, full_scores))), None)
+    hopeless = any(not e.promise.loss_of_full_depth(_score(e, full_scores)) < e.promise.tolerance for e in sizes)
+    return few, hopeless
+
+
+def _shortage(evidence: Evidence, confidence_level: float, full_scores: Mapping[str, float]) -> str | None:
+    """Return why there are too few samples for one promise of one group; None if there are enough."""
+    n, clusters = evidence.n, evidence.clusters
+    return shortage(evidence.promise, confidence_level, _score(evidence, full_scores), clusters, clusters < n)
+
+
 def _test_in_order(
     chain: Sequence[Candidate],
-    decode: Callable[[ExitPolicy], Decoded],
+    decode: Decode,
     full: Decoded,
-    promise: Certificate,
+    record: Certificate,
+    promises: Sequence[Promise],
+    groups: Sequence[str] | None,
+    estimated: bool,
     on_tested: Callable[[Tested], None] | None,
 ) -> list[Tested]:
     """Return the tests made: all accepted but perhaps the last, which ended the sequence."""
@@ -162,59 +231,31 @@ def _test_in_order(
                 f"Policy {candidate.policy.depths_in_words()!r} must be decoded on the samples of full depth; "
                 f"{len(other)} differ, such as {other[0]!r}"
             )
-        scores = (found.scores, full.scores)
-        result = p_value(
-            promise.metric, *scores, found.same, full.clusters, promise.keep, promise.confidence_level, promise.seed
-        )
-        accepted = result.p <= 1 - promise.confidence_level
-        means = (float(cluster_means(of, full.clusters).mean()) for of in scores)
-        tests.append(Tested(candidate, result, accepted, *means))
+        how = (promises, groups, record.confidence_level, record.seed, estimated)
+        tests.append(test_policy(candidate, found, full, *how))
         if on_tested is not None:
             on_tested(tests[-1])
-        if not accepted:
+        if not tests[-1].accepted:
             break
     return tests
 
 
-def _full_depth(promise: Certificate, why: str, provenance: Provenance, failed: Tested | None = None) -> ExitPolicy:
-    certificate = replace(promise, note=f"{why} {promise.note}".strip())
-    if failed is not None:
-        result = failed.result
-        certificate = replace(
-            certificate, n=result.n, clusters=result.clusters, score_full_depth=_or_none(failed.score_full_depth)
-        )
+def _full_depth(record: Certificate, why: str, provenance: Provenance) -> ExitPolicy:
+    certificate = replace(record, note=f"{why} {record.note}".strip())
     return ExitPolicy(fingerprint=provenance.fingerprint, certificate=certificate)
 
 
-def _with_test(promise: Certificate, test: Tested) -> Certificate:
-    result = test.result
-    return replace(
-        promise,
-        n=result.n,
-        clusters=result.clusters,
-        p_value=result.p,
-        mean_loss=result.mean_loss,
-        score=_or_none(test.score),
-        score_full_depth=_or_none(test.score_full_depth),
-        method=result.method,
-    )
-
-
-def _or_none(score: float) -> float | None:
-    return score if math.isfinite(score) else None
-
-
-def _what_was_missing(failed: Tested, promise: Certificate) -> str:
+def _what_was_missing(failed: Tested, confidence_level: float) -> str:
     """Return why the first test failed and roughly how many clusters would have passed it."""
-    result = failed.result
+    promise, result = failed.worst, failed.result
     text = (
         f"The safest candidate ({failed.candidate.policy.depths_in_words()}) had p = {result.p:.2g} on "
-        f"{result.clusters} clusters with mean loss {result.mean_loss:.4f}; "
+        f"{result.clusters} clusters with mean loss {result.mean_loss:.4f} ({promise.subject}); "
     )
-    n = samples_estimate(result, promise.metric, promise.keep, promise.confidence_level)
+    n = samples_estimate(result, promise.promise, confidence_level)
     if n is None:
-        return text + "that is more than the promise allows, so no number of clusters would do. Ask for a lower `keep`."
-    return text + f"about {n} clusters would have been needed, if that mean holds. Gather more or lower `keep`."
+        return text + "that is more than the promise allows, so no number of clusters would do. Promise less."
+    return text + f"about {n} clusters would have been needed, if that mean holds. Gather more or promise less."
 
 
 def _versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +15,21 @@ class Decoded:
     Args:
         sample_ids: ``n`` names.
         clusters: ``n`` names of what was drawn independently.
-        scores: metric score, ``[n]`` in [0, 1]; for ``consistency`` only reported, NaN where there are no references.
+        scores: metric -> score of each sample, ``[n]``; nothing where there are no references.
         same: bool ``[n]``, the output equals the full-depth output.
+        groups: ``n`` names of the groups that promises may be about; none if not given.
     """
 
     sample_ids: Sequence[str]
     clusters: Sequence[str]
-    scores: np.ndarray
+    scores: Mapping[str, np.ndarray]
     same: np.ndarray
+    groups: Sequence[str] = ()
 
     def in_order(self) -> Decoded:
         """Return the same in order of sample id, without repeats."""
         ids, index = np.unique(np.asarray(self.sample_ids, dtype=str), return_index=True)
         clusters = [str(self.clusters[i]) for i in index]
-        return Decoded(ids.tolist(), clusters, np.asarray(self.scores)[index], np.asarray(self.same)[index])
+        scores = {metric: np.asarray(values)[index] for metric, values in self.scores.items()}
+        groups = [str(self.groups[i]) for i in index] if self.groups else []
+        return Decoded(ids.tolist(), clusters, scores, np.asarray(self.same)[index], groups)

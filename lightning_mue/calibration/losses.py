@@ -1,4 +1,4 @@
-"""Losses: what a policy costs against full depth, per sample, and the test of their mean. The unit is the cluster.
+"""The test of a promise: losses of samples, averaged over clusters, and the p-value of their mean.
 
 A cluster is what was drawn independently (a picture with its questions); its samples are averaged first.
 """
@@ -11,12 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_mue.calibration.pvalues import betting_p, binomial_p
-
-METRICS = ("accuracy", "exact_match", "exact_text", "vqa_accuracy", "anls", "character_accuracy", "consistency")
-"""What can be promised: a fraction of the full-depth score (per-sample, in [0, 1]), or identical outputs."""
-
-UPPER = 1.0
-"""The largest loss possible: ``1`` (not the same), or ``(keep * 1 - 0) / keep``."""
+from lightning_mue.promise import UPPER, Promise
 
 
 @dataclass(frozen=True)
@@ -42,67 +37,14 @@ class TestResult:
     sd: float
 
 
-def check_promise(keep: float, metric: str, confidence_level: float) -> None:
-    """Refuse a promise that cannot be meant.
+def check_level(confidence_level: float) -> None:
+    """Refuse a level that no data can reach, or that says nothing.
 
     Raises:
-        ValueError: ``keep`` or ``confidence_level`` not in (0, 1), or an unknown metric.
+        ValueError: it is not in (0, 1).
     """
-    if not 0 < keep < 1:
-        raise ValueError(
-            f"`keep` must lie in (0, 1) (the fraction of full-depth quality to keep, such as 0.98), got {keep:g}"
-        )
-    if metric not in METRICS:
-        raise ValueError(
-            f"`metric` must be one of {list(METRICS)}, got {metric!r}; 'consistency' (same output as full depth) "
-            "needs no references"
-        )
     if not 0 < confidence_level < 1:
         raise ValueError(f"`confidence_level` must lie in (0, 1), such as 0.95, got {confidence_level:g}")
-
-
-def tolerance_of(metric: str, keep: float) -> float:
-    """Return the mean loss allowed: ``1 - keep`` for consistency, 0 for retention."""
-    return 1 - keep if metric == "consistency" else 0.0
-
-
-def consistency_losses(same: np.ndarray) -> np.ndarray:
-    """Return 0 where the output equals the full-depth output and 1 elsewhere, float64 ``[n]``."""
-    same = np.asarray(same)
-    if same.dtype != np.bool_:
-        raise ValueError(f"`same` must be boolean (output equals the full-depth output), got {same.dtype}")
-    return (~same).astype(np.float64)
-
-
-def retention_losses(scores: np.ndarray, full_scores: np.ndarray, keep: float) -> np.ndarray:
-    """Return ``(keep * full - score) / keep``, float64 ``[n]``, at most 1; a mean of 0 or less keeps the promise.
-
-    ``E[score] >= keep E[full]`` is linear in the scores, so one mean decides and no ratio is estimated.
-
-    Args:
-        scores: of the policy, ``[n]`` in [0, 1].
-        full_scores: of full depth on the same samples, ``[n]`` in [0, 1].
-        keep: the fraction of the full-depth score to keep.
-
-    Raises:
-        ValueError: scores out of [0, 1], or of other samples.
-    """
-    scores, full_scores = np.asarray(scores, np.float64), np.asarray(full_scores, np.float64)
-    if scores.shape != full_scores.shape:
-        raise ValueError(
-            f"Scores must be of the same samples, got {scores.shape} and {full_scores.shape} at full depth"
-        )
-    for name, values in (("scores", scores), ("full_scores", full_scores)):
-        if not ((values >= 0) & (values <= 1)).all():  # also refuses NaN
-            raise ValueError(f"`{name}` must lie in [0, 1], got [{values.min():g}, {values.max():g}]")
-    return (keep * full_scores - scores) / keep
-
-
-def sample_losses(
-    metric: str, scores: np.ndarray, full_scores: np.ndarray, same: np.ndarray, keep: float
-) -> np.ndarray:
-    """Return the losses ``[n]`` that ``metric`` asks for."""
-    return consistency_losses(same) if metric == "consistency" else retention_losses(scores, full_scores, keep)
 
 
 def cluster_means(values: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
@@ -119,12 +61,11 @@ def cluster_means(values: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
 
 
 def p_value(
-    metric: str,
+    promise: Promise,
     scores: np.ndarray,
     full_scores: np.ndarray,
     same: np.ndarray,
     clusters: Sequence[str],
-    keep: float,
     confidence_level: float,
     seed: int,
 ) -> TestResult:
@@ -133,23 +74,21 @@ def p_value(
     Consistency with one sample a cluster is tested by the exact binomial, everything else by betting on cluster means.
 
     Args:
-        metric: one of `METRICS`.
-        scores: of the policy, ``[n]`` in [0, 1]; not read for consistency.
-        full_scores: of full depth, ``[n]`` in [0, 1]; not read for consistency.
-        same: bool ``[n]``, the output equals the full-depth output; not read for retention.
+        promise: what is tested.
+        scores: of the policy, ``[n]``; not read for consistency.
+        full_scores: of full depth, ``[n]``; not read for consistency.
+        same: bool ``[n]``, the output equals the full-depth output; read for consistency alone.
         clusters: ``[n]`` names of what was drawn independently.
-        keep: the fraction to keep, in (0, 1).
         confidence_level: the level the bets are planned for.
         seed: of the one permutation of the clusters.
 
     Raises:
-        ValueError: an impossible promise, scores out of range, arrays of different lengths.
+        ValueError: scores out of range, arrays of different lengths.
     """
-    check_promise(keep, metric, confidence_level)
-    losses = cluster_means(sample_losses(metric, scores, full_scores, same, keep), clusters)
-    tolerance = tolerance_of(metric, keep)
-    if metric == "consistency" and len(losses) == len(clusters):
-        p, method = binomial_p(int(np.count_nonzero(losses)), len(losses), tolerance), "exact binomial"
+    check_level(confidence_level)
+    losses = cluster_means(promise.losses(scores, full_scores, same), clusters)
+    if promise.metric == "consistency" and len(losses) == len(clusters):
+        p, method = binomial_p(int(np.count_nonzero(losses)), len(losses), promise.tolerance), "exact binomial"
     else:
-        p, method = betting_p(losses, tolerance, UPPER, confidence_level, seed), "betting on cluster means"
+        p, method = betting_p(losses, promise.tolerance, UPPER, confidence_level, seed), "betting on cluster means"
     return TestResult(p, method, float(losses.mean()), len(clusters), len(losses), float(losses.std()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,11 @@ import numpy as np
 from lightning_mue.calibration.candidates import DIGITS, Candidate, Judge, chain_of, frontier_of
 from lightning_mue.calibration.dials import stream_options
 from lightning_mue.calibration.frontier import pareto, peel
-from lightning_mue.calibration.losses import check_promise
 from lightning_mue.calibration.rows import StreamRows
-from lightning_mue.calibration.simulate import stream_cost, stream_outcome
+from lightning_mue.calibration.simulate import changed_scores, stream_cost, stream_outcome
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy, ExitRule, chain_hash
+from lightning_mue.promise import Promise
 from lightning_mue.trace import Trace
 
 FEWER = 6
@@ -44,9 +45,8 @@ class Proposal:
         statics: full depth first, then every static depth of each single stream; for the report.
         worth_decoding: the chain, the best of fewer streams, and of static depths; for `rehearse`.
         searched: how many policies it was chosen from.
-        metric: of the promise.
-        keep: of the promise.
-        confidence_level: of the promise.
+        promises: that it was made for.
+        groups: of samples that they are about in turn; None: all samples.
     """
 
     chain: list[Candidate]
@@ -54,9 +54,8 @@ class Proposal:
     statics: list[Candidate]
     worth_decoding: list[Candidate]
     searched: int
-    metric: str
-    keep: float
-    confidence_level: float
+    promises: tuple[Promise, ...]
+    groups: tuple[str, ...] | None
 
     @property
     def full_depth(self) -> Candidate:
@@ -73,12 +72,12 @@ class Proposal:
 class _Option:
     """One rule of one stream and what it does: to each sample, ``[n]``, and in the mean.
 
-    ``risk`` (with caution) and ``ms`` are its shares of the sums over streams.
+    ``risk`` (the part used of the allowed loss) and ``ms`` are its shares of the sums over streams.
     """
 
     rule: ExitRule | None
     same: np.ndarray
-    change: np.ndarray
+    change: dict[str, np.ndarray]
     risk: float
     ms: float
     depth: float
@@ -87,9 +86,8 @@ class _Option:
 def propose(
     trace: Trace,
     latency: LatencyTable,
-    metric: str,
-    keep: float,
-    confidence_level: float,
+    promises: Sequence[Promise],
+    groups: Sequence[str] | None = None,
     dials: int = 12,
     survivors: int = 300,
 ) -> Proposal:
@@ -102,49 +100,66 @@ def propose(
     Args:
         trace: full-depth pass over the propose split.
         latency: measured costs.
-        metric: one of ``losses.METRICS``.
-        keep: the fraction to keep, in (0, 1).
-        confidence_level: of the promise, in (0, 1); carried along for `certify`.
+        promises: what a policy has to keep, all of them.
+        groups: keep them in each of these groups of samples; no others are looked at. None: over all samples.
         dials: dials per signal, spaced geometrically from 1/30 of the tolerance to 1/2.
         survivors: how many combinations are evaluated exactly, at least.
 
     Raises:
-        ValueError: an impossible promise, a trace of another metric, or costs that were not measured.
+        ValueError: a trace without the scores of a promise, or costs that were not measured.
     """
-    check_promise(keep, metric, confidence_level)
-    recorded = trace.meta.get("metric", metric)
-    if metric != "consistency" and recorded != metric:
-        raise ValueError(f"The trace holds scores of {recorded!r}, the promise is about {metric!r}; collect it again")
-    trace = Trace.merge([trace])  # in order of sample id, without repeats
-    judge = Judge(trace, metric, keep)
-
-    gammas = np.geomspace((1 - keep) / 30, 0.5, dials)
-    timed = trace.select(np.unique(np.linspace(0, len(trace) - 1, min(len(trace), TIMED)).round().astype(np.int64)))
-    options = {
-        name: _options(StreamRows.of(trace, name), StreamRows.of(timed, name), latency, gammas, judge)
-        for name in sorted(trace.streams)
-    }
+    trace = _of_groups(Trace.merge([trace]), groups)  # in order of sample id, without repeats
+    if missing := {promise.metric for promise in promises} - {*trace.full_score, "consistency"}:
+        raise ValueError(
+            f"The trace holds scores of {sorted(trace.full_score)}, the promise is about {min(missing)!r}; collect it "
+            "again"
+        )
+    judge = Judge(trace, promises, groups)
+    options = _all_options(trace, latency, np.geomspace(min(map(_slack, promises)) / 30, 0.5, dials), judge)
     full, combinations = _combinations(options, survivors)
-    judged = [_evaluate(trace, choice, judge) for choice in combinations]
-    statics = [_evaluate(trace, choice, judge) for choice in _statics(options, full)]
-    frontier = frontier_of([*judged, *statics])
-    chain = chain_of(frontier, statics[0].ms)
-    few = [_evaluate(trace, choice, judge) for choice in _fewer_streams(options, full, 0.5 * judge.allowed)]
-    static = [_evaluate(trace, choice, judge) for choice in _static_depths(options)]
-    bold = [candidate for candidate in static if candidate.used <= BOLD and candidate.policy.rules]
+
+    def evaluated(choices: Sequence[dict[str, _Option]]) -> list[Candidate]:
+        return [_evaluate(trace, choice, judge, groups) for choice in choices]
+
+    statics = evaluated(_statics(options, full))
+    frontier = frontier_of([*evaluated(combinations), *statics])
+    chain, few = chain_of(frontier, statics[0].ms), evaluated(_fewer_streams(options, full, 0.5))
+    bold = [c for c in evaluated(_static_depths(options)) if c.used <= BOLD and c.policy.rules]
     worth_decoding = list({c.policy.to_json(): c for c in (*chain, *few, *bold[:FEWER])}.values())
     searched = math.prod(map(len, options.values()))
-    return Proposal(chain, frontier, statics, worth_decoding, searched, metric, keep, confidence_level)
+    return Proposal(chain, frontier, statics, worth_decoding, searched, tuple(promises), _names(groups))
+
+
+def _of_groups(trace: Trace, groups: Sequence[str] | None) -> Trace:
+    return trace if groups is None else trace.select(np.isin(np.asarray(trace.groups, dtype=str), list(groups)))
+
+
+def _names(groups: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if groups is None else tuple(sorted(groups))
+
+
+def _slack(promise: Promise) -> float:
+    """Return the share of a perfect model's score that may be lost."""
+    return promise.tolerance if promise.keep is None else 1 - promise.keep
+
+
+def _all_options(trace: Trace, latency: LatencyTable, gammas: np.ndarray, judge: Judge) -> dict[str, list[_Option]]:
+    """Return the options of every stream."""
+    timed = trace.select(np.unique(np.linspace(0, len(trace) - 1, min(len(trace), TIMED)).round().astype(np.int64)))
+    return {
+        name: _options(StreamRows.of(trace, name), StreamRows.of(timed, name), latency, gammas, trace, judge)
+        for name in sorted(trace.streams)
+    }
 
 
 def _options(
-    rows: StreamRows, timed: StreamRows, latency: LatencyTable, gammas: np.ndarray, judge: Judge
+    rows: StreamRows, timed: StreamRows, latency: LatencyTable, gammas: np.ndarray, trace: Trace, judge: Judge
 ) -> list[_Option]:
     """Return every rule of a stream with what it does alone; ``timed`` are the rows of the samples that are timed."""
     options = []
     for rule in stream_options(rows, gammas):
         outcome, (ms, _) = stream_outcome(rows, rule), stream_cost(timed, rule, latency)
-        risk = judge.harm(outcome.change, outcome.same)
+        risk = judge.used(changed_scores(trace, [outcome.change]), outcome.same)
         depth = float(outcome.depth.mean()) if len(outcome.depth) else 0.0
         options.append(_Option(rule, outcome.same, outcome.change, risk, float(ms.mean()), depth))
     return options
@@ -210,13 +225,13 @@ def _statics(options: dict[str, list[_Option]], full: dict[str, _Option]) -> lis
     return choices
 
 
-def _evaluate(trace: Trace, choice: dict[str, _Option], judge: Judge) -> Candidate:
+def _evaluate(trace: Trace, choice: dict[str, _Option], judge: Judge, groups: Sequence[str] | None) -> Candidate:
     """Return the candidate with the risk of its actual outcomes, sample by sample (as `simulate` joins them)."""
-    same, change = np.ones(len(trace), dtype=bool), np.zeros(len(trace))
+    same = np.ones(len(trace), dtype=bool)
     for option in choice.values():
-        same, change = same & option.same, change + option.change
-    score = np.clip(trace.full_score + change, 0.0, 1.0)
+        same = same & option.same
+    score = changed_scores(trace, [option.change for option in choice.values()])
     rules = {name: option.rule for name, option in choice.items() if option.rule is not None}
     depths = {name: option.depth for name, option in choice.items()}
-    policy = ExitPolicy(rules, fingerprint=trace.meta.get("fingerprint"))
+    policy = ExitPolicy(rules, groups=_names(groups), fingerprint=trace.meta.get("fingerprint"))
     return judge.candidate(policy, score, same, sum(option.ms for option in choice.values()), depths)

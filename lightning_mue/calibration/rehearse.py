@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from lightning_mue.calibration.candidates import Candidate, Judge, chain_of, frontier_of
 from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.calibration.propose import Proposal
@@ -28,7 +30,9 @@ def rehearse(proposal: Proposal, trace: Trace, decode: Callable[[ExitPolicy], De
         ValueError: a policy was decoded on other samples than the trace's.
     """
     trace = Trace.merge([trace])
-    judge = Judge(trace, proposal.metric, proposal.keep)
+    if proposal.groups is not None:
+        trace = trace.select(np.isin(np.asarray(trace.groups, dtype=str), proposal.groups))
+    judge = Judge(trace, proposal.promises, proposal.groups)
 
     def measured(candidate: Candidate) -> Candidate:
         found = decode(candidate.policy).in_order()

@@ -23,7 +23,8 @@ class StreamRows:
         position: int ``[m]``: positions of the decoder, its prompt among them, once the row's step has run; else 0.
         scores: signal -> ``E`` float32 arrays ``[m]``.
         harm: ``E`` bool arrays ``[m]``: leaving there changes the token, or outside the decoder the output.
-        score_at: float64 ``[E + 1, n]``: each sample's metric score when it always leaves there, and at full depth.
+        score_at: metric -> float64 ``[E + 1, n]``: each sample's score when it always leaves there, and at full depth.
+        samples: how many there are, ``n``.
     """
 
     name: str
@@ -35,12 +36,8 @@ class StreamRows:
     position: np.ndarray
     scores: dict[str, list[np.ndarray]]
     harm: list[np.ndarray]
-    score_at: np.ndarray
-
-    @property
-    def samples(self) -> int:
-        """How many samples there are, ``n``."""
-        return self.score_at.shape[1]
+    score_at: dict[str, np.ndarray]
+    samples: int
 
     @property
     def is_decoder(self) -> bool:
@@ -68,7 +65,8 @@ class StreamRows:
             position,
             {signal: _columns(scores[taken]) for signal, scores in stream.scores.items()},
             _columns(~safe[taken]),
-            np.vstack([stream.score_at.T, trace.full_score]),
+            {metric: np.vstack([stream.score_at[metric].T, full]) for metric, full in trace.full_score.items()},
+            len(trace),
         )
 
 

@@ -9,7 +9,7 @@ Axes: ``n`` samples, ``m`` rows (`StreamRows`), ``E`` exits; a *column* is an ex
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from lightning_mue.calibration.rows import StreamRows
 from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
 from lightning_mue.policy import ExitPolicy, ExitRule
+from lightning_mue.promise import RANGES
 from lightning_mue.trace import Trace
 
 
@@ -27,12 +28,12 @@ class StreamOutcome:
     Args:
         depth: exit depth of each row, int ``[m]``.
         same: bool ``[n]``, whether the output stays identical.
-        change: estimated change of the metric score, float64 ``[n]``.
+        change: metric -> estimated change of the score, float64 ``[n]``.
     """
 
     depth: np.ndarray
     same: np.ndarray
-    change: np.ndarray
+    change: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class Simulation:
         depths: stream name -> exit depth, ``[n]``, or ``[n, T]`` for the decoder (0 at steps not taken).
         pairs: decoder (position, layer) pairs computed, int ``[n]``.
         same: bool ``[n]``, whether the output stays identical to full depth.
-        score: estimated metric score, float64 ``[n]`` in [0, 1].
+        score: metric -> estimated score, float64 ``[n]``.
         ms: predicted milliseconds, float64 ``[n]``.
     """
 
     depths: dict[str, np.ndarray]
     pairs: np.ndarray
     same: np.ndarray
-    score: np.ndarray
+    score: dict[str, np.ndarray]
     ms: np.ndarray
 
 
@@ -58,7 +59,7 @@ def simulate(trace: Trace, policy: ExitPolicy, latency: LatencyTable) -> Simulat
     """Predict what ``policy`` would do on every sample of ``trace``.
 
     Streams add up: the output stays identical if no stream changes it, and the score changes by the sum of the
-    streams' changes, clipped to [0, 1]. Streams that the trace does not hold cost nothing here.
+    streams' changes, clipped to the metric's range. Streams that the trace does not hold cost nothing here.
 
     Raises:
         ValueError: the policy names a stream, signal or layer the trace does not hold, it cannot be simulated, or costs
@@ -69,20 +70,27 @@ def simulate(trace: Trace, policy: ExitPolicy, latency: LatencyTable) -> Simulat
     unknown = sorted(set(policy.rules) - set(trace.streams))
     if unknown:
         raise ValueError(f"The policy has rules for streams {unknown}, the trace holds {sorted(trace.streams)}")
-    change, ms = np.zeros(len(trace)), np.zeros(len(trace))
-    same, pairs = np.ones(len(trace), dtype=bool), np.zeros(len(trace), dtype=np.int64)
-    depths = {}
+    same, ms, pairs = np.ones(len(trace), dtype=bool), np.zeros(len(trace)), np.zeros(len(trace), dtype=np.int64)
+    depths, changes = {}, []
     for name in sorted(trace.streams):
         rows = StreamRows.of(trace, name)
         outcome = stream_outcome(rows, policy.rules.get(name))
         stream_ms, stream_pairs = stream_cost(rows, policy.rules.get(name), latency)
-        change, ms = change + outcome.change, ms + stream_ms
-        same, pairs = same & outcome.same, pairs + stream_pairs
+        same, ms, pairs = same & outcome.same, ms + stream_ms, pairs + stream_pairs
+        changes.append(outcome.change)
         depths[name] = outcome.depth
         if (agree := trace.streams[name].agree) is not None:
             depths[name] = np.zeros(agree.shape[:2], dtype=np.int64)
             depths[name][rows.sample, rows.step] = outcome.depth
-    return Simulation(depths, pairs, same, np.clip(trace.full_score + change, 0.0, 1.0), ms)
+    return Simulation(depths, pairs, same, changed_scores(trace, changes), ms)
+
+
+def changed_scores(trace: Trace, changes: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return metric -> score of each sample, ``[n]``, when all streams' changes add up."""
+    return {
+        metric: np.clip(sum((change[metric] for change in changes), full), 0.0, RANGES[metric])
+        for metric, full in trace.full_score.items()
+    }
 
 
 def stream_outcome(rows: StreamRows, rule: ExitRule | None) -> StreamOutcome:
@@ -93,7 +101,7 @@ def stream_outcome(rows: StreamRows, rule: ExitRule | None) -> StreamOutcome:
     """
     column = _leave(rows, rule)
     changed_at = _first_harm(rows, column)
-    change = rows.score_at[changed_at, np.arange(rows.samples)] - rows.score_at[-1]
+    change = {m: score[changed_at, np.arange(rows.samples)] - score[-1] for m, score in rows.score_at.items()}
     return StreamOutcome(_depths(rows)[column], changed_at == len(rows.layers), change)
 
 

@@ -25,15 +25,17 @@ class BatchKeys:
         references: accepted answers of each sample, a text or several; without them only ``consistency`` is measured.
         sample_id: a distinct name for each sample; without one, a hash of the sample's inputs.
         cluster: what was drawn independently, such as the picture; without one, every sample by itself.
+        group: what promises may be about in turn, such as the type of a question; nothing if not given.
     """
 
     inputs: Inputs = None
     references: Key | None = None
     sample_id: Key | None = None
     cluster: Key | None = None
+    group: Key | None = None
 
     def read(self, batch: Any, wanted: Sequence[str]) -> Batch:
-        """Return the batch under our own names: inputs, ``sample_id``, ``cluster``, and ``references`` if it has any.
+        """Return the batch under our own names: inputs, ``sample_id``, ``cluster``, ``group``, and ``references``.
 
         Args:
             batch: a mapping, a tuple, a list or any object with attributes.
@@ -50,6 +52,8 @@ class BatchKeys:
             ids = [content(single(nameless, row))[:20] for row in range(size)]
         clusters, references = self._column(batch, "cluster", size), self._column(batch, "references", size)
         ours |= {"sample_id": [str(name) for name in ids], "cluster": [str(name) for name in clusters or ids]}
+        groups = None if self.group is None else self._column(batch, "group", size)
+        ours["group"] = [str(name) for name in groups or [""] * size]
         if references is not None:
             ours["references"] = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
         return ours

@@ -1,4 +1,4 @@
-"""What the calibration callbacks need to know of a batch: its rows, its split, its score."""
+"""What the calibration callbacks need to know of a batch: its rows and its split."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones.processor import Processor
 from lightning_mue.data.tasks import split_of
-from lightning_mue.metrics.answers import score
 
 Batch = dict[str, Any]
 SPLITS = {"propose": 0.3, "certify": 0.7}
@@ -41,7 +39,7 @@ def content(batch: Batch) -> str:
 
     Names alone would not do: another data set may use the same, and other settings make other pixels.
     """
-    names = {name: batch.get(name) for name in ("sample_id", "cluster", "references")}
+    names = {name: batch.get(name) for name in ("sample_id", "cluster", "group", "references")}
     digest = hashlib.sha256(repr(names).encode())
     for name, value in sorted(batch.items()):
         if isinstance(value, Tensor):
@@ -67,37 +65,6 @@ def in_split(trainer: L.Trainer, batch: Batch, split: str) -> list[bool]:
     decide = getattr(getattr(trainer, "datamodule", None), "split_of", None)
     decide = decide or (lambda cluster: split_of(cluster, SPLITS, "calibration"))
     return [decide(cluster) == split for cluster in batch["cluster"]]
-
-
-def scorer(trainer: L.Trainer, batch: Batch, metric: str) -> Callable[[Tensor], list[float]]:
-    """Return what scores decoded sequences of this batch; ``consistency`` reports exact match where it can.
-
-    Raises:
-        ValueError: a metric that needs references and a processor, and one of them is missing.
-    """
-    processor = _processor(trainer)
-    references = batch.get("references")
-    if processor is None or references is None:
-        if metric == "consistency":
-            return lambda sequences: [float("nan")] * len(sequences)
-        owner = "a data module with a `processor`, or a LightningModule with one"
-        missing = owner if processor is None else "batches with `references`"
-        raise ValueError(f"Metric {metric!r} needs {missing}; without it use metric 'consistency'.")
-    by = "exact_match" if metric == "consistency" else metric
-
-    def scores(sequences: Tensor) -> list[float]:
-        texts = processor.decode(sequences[:, 1:])
-        return [score(by, text, refs) for text, refs in zip(texts, references, strict=True)]
-
-    return scores
-
-
-def _processor(trainer: L.Trainer) -> Any:
-    """Return what turns tokens into text: the data module's or the module's, ours or one of transformers."""
-    owners = (getattr(trainer, "datamodule", None), trainer.lightning_module)
-    found = next((p for p in (getattr(owner, "processor", None) for owner in owners) if p is not None), None)
-    foreign = hasattr(found, "tokenizer") and not isinstance(found, Processor)
-    return Processor(found) if foreign else found
 
 
 def answer_constraint(trainer: L.Trainer, end_id: int) -> Callable[[int, Tensor], list[int]] | None:

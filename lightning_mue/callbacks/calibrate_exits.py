@@ -6,32 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_mue.backbones import fingerprint, view
-from lightning_mue.calibration.certify import Provenance, Tested, certify, uncertified
-from lightning_mue.calibration.losses import check_promise
-from lightning_mue.calibration.propose import Proposal, propose
-from lightning_mue.calibration.rehearse import rehearse
-from lightning_mue.calibration.sample_size import shortage
+from lightning_mue.backbones import view
+from lightning_mue.calibration import Proposal, Tested, propose, uncertified
+from lightning_mue.calibration.losses import check_level
 from lightning_mue.callbacks.batch_keys import BatchKeys, Inputs, Key
 from lightning_mue.callbacks.batches import Batch, gather, in_split, rows_of, single
+from lightning_mue.callbacks.calibration import Asked, Calibration
 from lightning_mue.callbacks.collect_trace import open_journal, record_batch
-from lightning_mue.callbacks.decoding import SplitDecoder
-from lightning_mue.callbacks.journal import Journal
+from lightning_mue.callbacks.ledger import Reuse
 from lightning_mue.callbacks.multi_exit_supervision import find_model
+from lightning_mue.callbacks.scoring import Scoring
 from lightning_mue.data import ShardsDataModule
 from lightning_mue.exits import attached
-from lightning_mue.inference.profile import device_name, measure_latency
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
+from lightning_mue.promise import Promise
 from lightning_mue.trace import Trace
 
-SELECTION_REUSED = (
-    "selection_reused: nothing says that this data did not choose the checkpoint; if it did, the promise is weaker."
-)
 INDEPENDENT = (
     "independent: no batch names clusters, so samples are taken as independent; if some share a picture, the promise "
     "is weaker."
@@ -49,10 +43,15 @@ class CalibrateExits(L.Callback):
 
     Args:
         keep: fraction of the full-depth metric to keep, or for ``consistency`` of outputs to leave unchanged.
-        metric: ``exact_match``, ``accuracy``, ``vqa_accuracy``, ``anls``, ``character_accuracy`` or ``consistency``; if
-            not given, ``exact_match`` with ShardsDataModule or named ``references``, else ``consistency``, which needs
-            none.
-        confidence_level: of the promise.
+        metric: one of ``promise.METRICS``; if not given, ``exact_match`` with ShardsDataModule or named ``references``,
+            else ``consistency``, which needs none.
+        promises: instead of ``keep`` and ``metric``: several things to keep at once, or an absolute ``drop``.
+        group_by: key of what samples are grouped by, such as the type of a question: the promises are then kept in
+            each group, and groups too small to certify run at full depth.
+        confidence_level: of all promises together.
+        estimate: with too few samples to certify anything, choose by an estimate, which promises nothing.
+        reuse: whether samples that certified another chain of these weights are refused, or spend confidence.
+        frequencies: file of document frequencies for ``cider``; those of the training references if not given.
         seed: of the certificate's one permutation.
         max_new_tokens: of each answer; the generation config's if not given.
         model: attribute of the LightningModule that holds the backbone; if not given, that of MultiExitSupervision in
@@ -74,7 +73,12 @@ class CalibrateExits(L.Callback):
         self,
         keep: float = 0.98,
         metric: str | None = None,
+        promises: list[Promise] | None = None,
+        group_by: Key | None = None,
         confidence_level: float = 0.95,
+        estimate: bool = True,
+        reuse: Reuse = "refuse",
+        frequencies: str | None = None,
         seed: int = 0,
         max_new_tokens: int | None = None,
         model: str | None = None,
@@ -88,21 +92,21 @@ class CalibrateExits(L.Callback):
         cluster: Key | None = None,
     ) -> None:
         self.keep, self.confidence_level, self.seed = keep, confidence_level, seed
-        self.metric = metric or ""  # chosen when the data is known
+        self.metric, self.promises = metric or "", promises  # chosen when the data is known
+        self.estimate, self.reuse, self.frequencies = estimate, reuse, frequencies
         self.max_new_tokens, self.model, self.out, self.folder = max_new_tokens, model, out, folder
         self.latency_repeats, self.fit_samples = latency_repeats, fit_samples
-        self.keys = BatchKeys(inputs, references, sample_id, cluster)
+        self.keys = BatchKeys(inputs, references, sample_id, cluster, group_by)
         self.policy: ExitPolicy | None = None
         self.proposal: Proposal | None = None
         self.tests: list[Tested] = []
         self.trace: Trace | None = None
         self.latency: LatencyTable | None = None
-        self.decoder: SplitDecoder | None = None
-        self._journal: Journal | None = None
+        self._run: Calibration | None = None
         self._paths: list[Path] = []
-        self._clusters: dict[str, str] = {}
+        self._certifies: dict[str, tuple[str, str]] = {}
         self._one: Batch | None = None
-        self._seen, self._note = 0, ""
+        self._seen = 0
         self.check()
 
     def check(self) -> None:
@@ -111,11 +115,22 @@ class CalibrateExits(L.Callback):
         Raises:
             ValueError: it cannot be made.
         """
-        check_promise(self.keep, self.metric or "consistency", self.confidence_level)
+        check_level(self.confidence_level)
+        if self.promises is not None and self.metric:
+            raise ValueError(f"Give `promises`, or `keep` and `metric`; both are given (metric {self.metric!r})")
+        if not self._promised:
+            raise ValueError("`promises` is empty; leave it out to promise `keep` of `metric`")
+
+    @property
+    def _promised(self) -> list[Promise]:
+        """What has to be kept."""
+        if self.promises is not None:
+            return self.promises
+        return [Promise(self.metric or "consistency", keep=self.keep)]
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the journal."""
-        self._journal = None
+        self._run = None
         fitting = trainer.state.fn == TrainerFn.FITTING
         if trainer.sanity_checking or (fitting and not self.fit_samples):
             return
@@ -123,11 +138,14 @@ class CalibrateExits(L.Callback):
         exits = attached(model)
         if exits is None or not exits.layers:
             raise ValueError("There are no exits to calibrate; call `attach_exits(model, config)` and train them.")
-        if not self.metric:
+        if not self.metric and self.promises is None:
             ours = isinstance(getattr(trainer, "datamodule", None), ShardsDataModule)
             self.metric = "exact_match" if ours or self.keys.references is not None else "consistency"
-        self._journal = open_journal(trainer, model, self.metric, self.max_new_tokens, self.folder)
-        self._paths, self._clusters, self._one, self._seen = [], {}, None, 0
+        asked = Asked(self._promised, self.confidence_level, self.seed, self.estimate, self.reuse)
+        scoring = Scoring(trainer, [promise.metric for promise in asked.promises], self.frequencies)
+        journal = open_journal(trainer, model, scoring, self.max_new_tokens, self.folder)
+        self._run = Calibration(trainer, model, asked, scoring, journal, self.keys, self.max_new_tokens)
+        self._paths, self._certifies, self._one, self._seen = [], {}, None, 0
 
     def on_validation_batch_end(
         self,
@@ -139,45 +157,45 @@ class CalibrateExits(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Record the rows that propose; remember which rows certify."""
-        if self._journal is None:
+        if (run := self._run) is None:
             return
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._seen >= self.fit_samples:
             return
-        model = find_model(trainer, pl_module, self.model)
-        self._note = "" if self.keys.names_clusters(batch) else INDEPENDENT
-        batch = self.keys.read(batch, view(model).generate_inputs)
+        run.note = "" if self.keys.names_clusters(batch) else INDEPENDENT
+        batch = self.keys.read(batch, view(run.model).generate_inputs)
         self._seen += len(batch["sample_id"])
         certifies = in_split(trainer, batch, "certify")
         for row, certify_row in enumerate(certifies):
             if certify_row:
-                self._clusters[batch["sample_id"][row]] = batch["cluster"][row]
+                self._certifies[batch["sample_id"][row]] = (batch["cluster"][row], batch["group"][row])
         if self._one is None:
             self._one = single(batch, 0)
         chosen = batch if fitting else rows_of(batch, [not c for c in certifies])
-        path = record_batch(trainer, model, chosen, self.metric, self.max_new_tokens, self._journal)
+        path = record_batch(trainer, run.model, chosen, run.scoring, self.max_new_tokens, run.journal)
         self._paths += [path] if path is not None else []
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Propose, and outside of ``fit`` certify."""
-        if self._journal is None:
+        if (run := self._run) is None:
             return
-        model = find_model(trainer, pl_module, self.model)
-        paths, clusters = sorted(set(gather(self._paths))), dict(gather(sorted(self._clusters.items())))
+        paths, certifies = sorted(set(gather(self._paths))), dict(sorted(gather(list(self._certifies.items()))))
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if not paths or not (clusters or fitting):
+        if not paths or not (certifies or fitting):
             raise ValueError(
                 f"Calibration needs samples to propose on and others to certify on (about 30 and 70 % of the clusters, "
-                f"by a hash of their names); found {len(paths)} batches for the one and {len(clusters)} samples for "
+                f"by a hash of their names); found {len(paths)} batches for the one and {len(certifies)} samples for "
                 "the other. Give more validation data: `val` with a lower `select`, or a larger `holdout`."
             )
         self.trace = Trace.merge([Trace.load(p) for p in paths])
-        self.latency = self._measure(trainer, model)
-        self.proposal = propose(self.trace, self.latency, self.metric, self.keep, self.confidence_level)
+        self.latency = run.measure(self._one, self.latency_repeats)
         if fitting:
+            self.proposal = propose(self.trace, self.latency, run.asked.promises)
             self._log_simulation(pl_module)
             return
-        self.policy = self._certify(trainer, model, list(clusters.values()))
+        self.proposal = run.propose(self.trace, self.latency, certifies)
+        self.policy, self.tests = run.certify(self.proposal, certifies)
+        self._log_result(pl_module)
         target = self._target(trainer)
         if trainer.is_global_zero:
             self.policy.save(target)
@@ -197,76 +215,31 @@ class CalibrateExits(L.Callback):
         """Take the policy back."""
         self.policy = ExitPolicy.from_json(state_dict["policy"], "the checkpoint's policy")
 
-    def _measure(self, trainer: L.Trainer, model: Any) -> LatencyTable:
-        """Measure once on rank 0; a resumed calibration uses the table it began with."""
-        assert self._journal is not None
-        setting = [device_name(next(model.parameters()).device), torch.get_num_threads(), self.latency_repeats]
-        path = self._journal.path("latency", setting, ".json")
-        if trainer.is_global_zero and not path.exists():
-            assert self._one is not None
-            one = {k: v for k, v in self._one.items() if hasattr(v, "to")}
-            one = {k: v.to(next(model.parameters()).device) for k, v in one.items()}
-            measure_latency(model, one, self.latency_repeats, self.max_new_tokens).save(path)
-        trainer.strategy.barrier("latency")
-        text = trainer.strategy.broadcast(path.read_text(encoding="utf-8") if trainer.is_global_zero else "")
-        return LatencyTable.from_json(text, str(path))
-
-    def _certify(self, trainer: L.Trainer, model: Any, clusters: list[str]) -> ExitPolicy:
-        assert self._journal is not None
-        assert self.proposal is not None
-        full_score, distinct = self.proposal.full_depth.score, len(set(clusters))
-        promise = (self.metric, self.keep, self.confidence_level)
-        if not shortage(*promise, full_score, distinct, distinct < len(clusters)):
-            self.proposal = self._rehearse(trainer, model)
-        self.decoder = SplitDecoder(trainer, model, self.metric, self.max_new_tokens, self._journal, self.keys)
-        settings = view(model).decode_settings(self.max_new_tokens)
-        closed = list(getattr(getattr(trainer, "datamodule", None), "closed_answers", None) or [])
-        precision = str(next(model.parameters()).dtype).removeprefix("torch.")
-        decode = {**settings.plain, "answers": closed, "precision": precision, "batching": "per row"}
-        notes = ["" if self._journal.key["data"] else SELECTION_REUSED, self._note]
-        note = " ".join(note for note in notes if note)
-        provenance = Provenance(fingerprint(model), self._journal.key["data"], decode, note)
-        policy, self.tests = certify(
-            self.proposal.chain,
-            self.decoder,
-            metric=self.metric,
-            keep=self.keep,
-            confidence_level=self.confidence_level,
-            seed=self.seed,
-            clusters=clusters,
-            full_score_mean=full_score,
-            provenance=provenance,
-            on_tested=_announce,
-        )
-        return policy
-
-    def _rehearse(self, trainer: L.Trainer, model: Any) -> Proposal:
-        """Decode what simulation proposes on the data that it was proposed on."""
-        assert self._journal is not None
-        assert self.proposal is not None
-        assert self.trace is not None
-        decoder = SplitDecoder(trainer, model, self.metric, self.max_new_tokens, self._journal, self.keys, "propose")
-        decoder(ExitPolicy.full_depth())
-        return rehearse(self.proposal, self.trace, decoder)
-
     def _log_simulation(self, pl_module: L.LightningModule) -> None:
         assert self.proposal is not None
         full = self.proposal.full_depth
         safe = [c for c in self.proposal.chain if c.used <= 1] or [full]
         best = min(safe, key=lambda c: c.ms)
-        self.policy = uncertified(best, self.metric, self.keep, self.confidence_level)
+        self.policy = uncertified(best, self._promised, self.confidence_level)
         pl_module.log("exits/simulated_speedup", full.ms / best.ms, rank_zero_only=False, sync_dist=True)
         for stream, depth in best.depths.items():
             pl_module.log(f"exits/simulated_depth_{stream}", depth, sync_dist=True)
+
+    def _log_result(self, pl_module: L.LightningModule) -> None:
+        """Log what was tested of the policy chosen, to whatever logger there is."""
+        assert self.proposal is not None
+        assert self.policy is not None
+        chosen = next((test for test in self.tests if test.candidate.policy.rules == self.policy.rules), None)
+        if chosen is None:
+            return
+        name = "exits" if self.out is None else f"exits/{Path(self.out).stem}"
+        figures = {"speedup": self.proposal.full_depth.ms / chosen.candidate.ms, "p_value": chosen.result.p}
+        figures |= {f"kept_{e.promise.metric}": e.kept for e in chosen.evidence if e.kept is not None and not e.group}
+        for figure, value in figures.items():
+            pl_module.log(f"{name}/{figure}", value, sync_dist=True)
 
     def _target(self, trainer: L.Trainer) -> Path:
         if self.out is not None:
             return Path(self.out)
         beside = Path(trainer.ckpt_path).parent if trainer.ckpt_path else Path(trainer.default_root_dir)
         return beside / "policy.json"
-
-
-def _announce(tested: Tested) -> None:
-    verdict = "passes" if tested.accepted else "fails"
-    words = tested.candidate.policy.depths_in_words()
-    rank_zero_info(f"p = {tested.result.p:.3g} {verdict}: {words} ({tested.candidate.ms:.2f} ms predicted)")

@@ -17,17 +17,17 @@ from lightning_mue.callbacks.batches import (
     in_split,
     on_device,
     rows_of,
-    scorer,
 )
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.callbacks.multi_exit_supervision import find_model
+from lightning_mue.callbacks.scoring import Scoring
 from lightning_mue.exits import attached
 from lightning_mue.inference.record import record
 from lightning_mue.trace import Trace
 
 
 def open_journal(
-    trainer: L.Trainer, model: Any, metric: str, max_new_tokens: int | None, folder: str | None
+    trainer: L.Trainer, model: Any, scoring: Scoring, max_new_tokens: int | None, folder: str | None
 ) -> Journal:
     """Return the journal of a calibration of this model on the trainer's data."""
     settings = view(model).decode_settings(max_new_tokens)
@@ -40,14 +40,14 @@ def open_journal(
         "device": next(model.parameters()).device.type,
         "decode": dict(settings.plain),
         "answers": list(getattr(datamodule, "closed_answers", None) or []),
-        "metric": metric,
+        "scoring": scoring.key,
         "data": getattr(datamodule, "calibration_fingerprint", "") if trainer.state.fn != "fit" else "select",
     }
     return Journal(folder or Path(trainer.default_root_dir) / "calibration", key)
 
 
 def record_batch(
-    trainer: L.Trainer, model: Any, batch: Batch, metric: str, max_new_tokens: int | None, journal: Journal
+    trainer: L.Trainer, model: Any, batch: Batch, scoring: Scoring, max_new_tokens: int | None, journal: Journal
 ) -> Path | None:
     """Record one batch into the journal; None if it is empty."""
     if not batch["sample_id"]:
@@ -61,10 +61,11 @@ def record_batch(
             on_device(batch, model),
             batch["sample_id"],
             batch["cluster"],
-            scorer(trainer, batch, metric),
+            scoring.of(batch),
             max_new_tokens,
             prefix_fn,
             journal.key,
+            batch["group"],
         )
 
     return journal.trace([content(batch)], make)
@@ -75,7 +76,7 @@ class CollectTrace(L.Callback):
 
     Args:
         out: file for the merged trace, or None.
-        metric: one of ``calibration.losses.METRICS``.
+        metric: one of ``promise.METRICS``.
         split: "propose" or "certify" records that part alone; None everything.
         max_new_tokens: of each answer; the generation config's if not given.
         model: attribute of the LightningModule that holds the backbone; if not given, that of MultiExitSupervision in
@@ -111,7 +112,8 @@ class CollectTrace(L.Callback):
         """Open the journal."""
         if not trainer.sanity_checking:
             model = find_model(trainer, pl_module, self.model)
-            self._journal = open_journal(trainer, model, self.metric, self.max_new_tokens, self.folder)
+            self._scoring = Scoring(trainer, [self.metric])
+            self._journal = open_journal(trainer, model, self._scoring, self.max_new_tokens, self.folder)
             self._paths = []
 
     def on_validation_batch_end(
@@ -130,7 +132,7 @@ class CollectTrace(L.Callback):
         batch = self.keys.read(batch, view(model).generate_inputs)
         if self.split is not None:
             batch = rows_of(batch, in_split(trainer, batch, self.split))
-        path = record_batch(trainer, model, batch, self.metric, self.max_new_tokens, self._journal)
+        path = record_batch(trainer, model, batch, self._scoring, self.max_new_tokens, self._journal)
         self._paths += [path] if path is not None else []
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,9 @@ from lightning_mue.callbacks.batches import (
     on_device,
     prepared,
     rows_of,
-    scorer,
 )
 from lightning_mue.callbacks.journal import Journal
+from lightning_mue.callbacks.scoring import Scoring
 from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import ExitPolicy
 
@@ -42,29 +42,31 @@ class SplitDecoder:
     Args:
         trainer: whose validation data is decoded.
         model: the backbone.
-        metric: scores the answers.
+        scoring: of the answers.
         max_new_tokens: of each answer.
         journal: keeps what was decoded.
         keys: of the batches.
         split: ``certify``, or ``propose``: the rest.
+        groups: only samples of these are decoded; None: all.
     """
 
     def __init__(
         self,
         trainer: L.Trainer,
         model: Any,
-        metric: str,
+        scoring: Scoring,
         max_new_tokens: int | None,
         journal: Journal,
         keys: BatchKeys,
         split: str = "certify",
+        groups: Container[str] | None = None,
     ) -> None:
-        self._trainer, self._model, self._metric, self._split = trainer, model, metric, split
+        self._trainer, self._model, self._scoring, self._split = trainer, model, scoring, split
         self._max_new_tokens, self._journal, self._keys = max_new_tokens, journal, keys
         backbone = view(model)
         self._wanted, settings = backbone.generate_inputs, backbone.decode_settings(max_new_tokens)
         self._prefix_fn = answer_constraint(trainer, settings.end_ids[0])
-        self._full_tokens: dict[str, list[int]] = {}
+        self._groups, self._full_tokens = groups, dict[str, list[int]]()
 
     def __call__(self, policy: ExitPolicy) -> Decoded:
         """Decode the split under ``policy``; full depth must come first."""
@@ -79,8 +81,7 @@ class SplitDecoder:
         mine: list[dict[str, Any]] = []
         for batch in batches:
             batch = self._keys.read(batch, self._wanted)
-            certifies = in_split(self._trainer, batch, "certify")
-            batch = rows_of(batch, [c == (self._split == "certify") for c in certifies])
+            batch = rows_of(batch, self._wants(batch))
             if batch["sample_id"]:
                 parts = [policy.to_json(), content(batch)]
                 mine.append(self._journal.piece("decoded", parts, partial(self._decode, engine, batch)))
@@ -92,12 +93,20 @@ class SplitDecoder:
                 f"The validation data gave sample {unknown[0]!r} now and not before; every pass must give the same "
                 "samples: no random augmentation, and no shuffling with `limit_val_batches`."
             )
+        metrics = rows[0]["scores"] if rows else ()
         return Decoded(
             [row["id"] for row in rows],
             [row["cluster"] for row in rows],
-            np.array([np.nan if row["score"] is None else row["score"] for row in rows], dtype=np.float64),
+            {metric: np.array([row["scores"][metric] for row in rows], dtype=np.float64) for metric in metrics},
             np.array([row["tokens"] == self._full_tokens[row["id"]] for row in rows]),
+            [row["group"] for row in rows],
         )
+
+    def _wants(self, batch: Batch) -> list[bool]:
+        """Say which rows are decoded."""
+        certifies = in_split(self._trainer, batch, "certify")
+        chosen = [self._groups is None or group in self._groups for group in batch["group"]]
+        return [c == (self._split == "certify") and g for c, g in zip(certifies, chosen, strict=True)]
 
     def _batches(self) -> Iterator[Any]:
         """Give the batches that the validation loop saw: of all loaders, as many as ``limit_val_batches`` says."""
@@ -110,8 +119,9 @@ class SplitDecoder:
 
     def _decode(self, engine: ExitEngine, batch: Batch) -> dict[str, Any]:
         tensors = on_device(batch, self._model)
-        output = engine.generate(self._max_new_tokens, self._prefix_fn, **tensors)
-        scores = scorer(self._trainer, batch, self._metric)(output.sequences)
+        groups = batch["group"] if engine.policy.groups is not None else None
+        output = engine.generate(self._max_new_tokens, self._prefix_fn, groups=groups, **tensors)
+        scores = self._scoring.of(batch)(output.sequences)
         steps = (output.exit_depths["decoder"] > 0).sum(1).tolist()
         rows = []
         for i, sample_id in enumerate(batch["sample_id"]):
@@ -122,7 +132,8 @@ class SplitDecoder:
                     "id": sample_id,
                     "cluster": batch["cluster"][i],
                     "tokens": output.sequences[i, 1 : steps[i] + 1].tolist(),
-                    "score": None if scores[i] != scores[i] else scores[i],
+                    "group": batch["group"][i],
+                    "scores": {metric: values[i] for metric, values in scores.items()},
                     "depths": depths,
                 }
             )

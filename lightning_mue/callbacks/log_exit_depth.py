@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -45,7 +46,7 @@ class LogExitDepth(L.Callback):
     ) -> None:
         self.model, self.policy, self.batches = model, policy, batches
         self.max_new_tokens, self.inputs = max_new_tokens, inputs
-        self._kept: list[dict[str, Tensor]] = []
+        self._kept: list[dict[str, Any]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Look whether the policy will be there when it is asked for."""
@@ -98,9 +99,9 @@ class LogExitDepth(L.Callback):
             policy, limit = policy or calibration.policy, limit or calibration.max_new_tokens
         if policy is None or policy.is_full_depth:  # nothing to decode for
             return {stream: [0] * last + [1] for stream, last in layers.items()}
-        engine = ExitEngine(model, policy, check_fingerprint=False)
+        engine = ExitEngine(model, replace(policy, groups=None), check_fingerprint=False)
         prefix_fn = answer_constraint(trainer, engine.backbone.decode_settings(limit).end_ids[0])
-        found = [engine.generate(limit, prefix_fn, False, **inputs).exit_depths for inputs in self._kept]
+        found = [engine.generate(limit, prefix_fn, **inputs).exit_depths for inputs in self._kept]
         mine = {stream: depth_counts([depths[stream] for depths in found], last) for stream, last in layers.items()}
         ranks = gather([mine])
         return {

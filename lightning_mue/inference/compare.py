@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import view
-from lightning_mue.inference.engine import ExitEngine, PrefixFn
+from lightning_mue.inference.engine import ExitEngine
+from lightning_mue.inference.rows import PrefixFn
 
 Variant = Callable[[dict[str, Any]], Tensor]
 """Answers one sample: its inputs (batch 1) -> token ids."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from lightning_mue.backbones.prompt import read_prompts
 from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.answers import only_answers
 from lightning_mue.inference.encode import OnExit, encode
+from lightning_mue.inference.output import ExitOutput, joined
+from lightning_mue.inference.rows import PrefixFn, constraint_of, rows_of
 from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, decode
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
@@ -34,34 +36,6 @@ _NOT_GREEDY = {
     "stopping_criteria",
     "streamer",
 }
-
-PrefixFn = Callable[[int, Tensor], list[int]]
-
-
-@dataclass
-class ExitOutput:
-    """What a generation gave.
-
-    Args:
-        sequences: token ids ``[B, 1 + T]``: start token, answer, end token, padding; as transformers returns them, but
-            without the decoder prompt.
-        exit_depths: stream name -> depths, ``[B]`` for streams left once per sample, ``[B, T]`` for the decoder
-            (0 where a row had ended).
-        layer_runs: stream name -> layer executions (calls).
-        prompt_lengths: tokens of each row's decoder prompt, ``[B]``.
-        pairs: computed (position, layer) pairs of the decoder, its prompts' among them.
-        filled: pairs whose K/V were made up instead (other than just-in-time).
-        timings: part -> milliseconds: one per stream, ``embed``, ``layers``, ``memory`` (cross-attention projection),
-            ``signals``, ``head``, and ``total``; empty if they were not asked for.
-    """
-
-    sequences: Tensor
-    exit_depths: dict[str, Tensor]
-    layer_runs: dict[str, int]
-    prompt_lengths: Tensor
-    pairs: int
-    filled: int
-    timings: dict[str, float]
 
 
 class ExitEngine:
@@ -98,6 +72,7 @@ class ExitEngine:
         max_new_tokens: int | None = None,
         prefix_allowed_tokens_fn: PrefixFn | None = None,
         timings: bool = False,
+        groups: Sequence[str] | None = None,
         **inputs: Any,
     ) -> ExitOutput:
         """Answer a batch; every row leaves every stream at its own layer.
@@ -107,11 +82,28 @@ class ExitEngine:
             prefix_allowed_tokens_fn: transformers' constraint on the next token, such as a closed set of answers; it is
                 shown the start token and the answer so far, no decoder prompt.
             timings: measure the parts.
+            groups: the group of each row, for a policy that promises by group; others than its own run at full depth.
             **inputs: the backbone's own, such as ``pixel_values`` and ``input_ids``; and ``decoder_prompt [B, P]``:
                 tokens that the decoder reads before it answers, padded with -100 on the right. Others are ignored.
         """
-        output, _ = self.run(max_new_tokens, prefix_allowed_tokens_fn, timings, inputs)
-        return output
+        if self.policy.groups is None:
+            return self.run(max_new_tokens, prefix_allowed_tokens_fn, timings, inputs)[0]
+        _check_inputs(inputs)
+        names = self.backbone.generate_inputs
+        rows = [i for i, group in enumerate(groups or ()) if group in self.policy.groups]
+        size = len(next(value for name, value in inputs.items() if name in names))
+        if groups is None or len(groups) != size:
+            raise ValueError(
+                f"The policy leaves early for the groups {list(self.policy.groups)} alone: `groups` must name one for "
+                f"each of {size} rows, got {groups if groups is None else len(groups)}"
+            )
+        full = ExitEngine(self.model, replace(self.policy, rules={}, groups=None), check_fingerprint=False)
+        parts = []
+        for engine, mine in ((self, rows), (full, sorted({*range(size)} - {*rows}))):
+            if mine:
+                allowed, given = constraint_of(prefix_allowed_tokens_fn, mine), rows_of(inputs, names, mine)
+                parts.append((mine, engine.run(max_new_tokens, allowed, timings, given)[0]))
+        return joined(parts, size, self.backbone.decode_settings(None).pad_id)
 
     def answer(
         self,
@@ -119,6 +111,7 @@ class ExitEngine:
         prompts: Sequence[str],
         max_new_tokens: int | None = None,
         decoder_prompts: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
     ) -> list[str]:
         """Answer one prompt for each picture, as text; only with the answers that calibration allowed, if it did.
 
@@ -127,6 +120,7 @@ class ExitEngine:
             prompts: as many texts.
             max_new_tokens: at most; the generation config's (or 20) if not given.
             decoder_prompts: as many texts that the decoder reads before it answers.
+            groups: as many names, as in ``generate``.
 
         Raises:
             ValueError: the engine has no processor, or the numbers of pictures and of prompts of either kind differ.
@@ -141,7 +135,8 @@ class ExitEngine:
         inputs = {name: tensor.to(device) for name, tensor in self.processor(images, prompts).items()}
         if decoder_prompts is not None:
             inputs["decoder_prompt"] = self.processor.decoder_prompts(decoder_prompts).to(device)
-        return self.processor.decode(self.generate(max_new_tokens, self._calibrated_answers(), **inputs).sequences)
+        out = self.generate(max_new_tokens, self._calibrated_answers(), groups=groups, **inputs)
+        return self.processor.decode(out.sequences)
 
     def _calibrated_answers(self) -> PrefixFn | None:
         """Return the constraint to the closed answers under which the policy was certified, or None."""

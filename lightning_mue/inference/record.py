@@ -5,7 +5,7 @@ Shapes: ``B`` samples of a batch, ``T`` steps, ``E`` exits of a stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lightning_mue.backbones import StreamState, num_layers
 from lightning_mue.exits import attached
 from lightning_mue.inference.encode import stream_scores
-from lightning_mue.inference.engine import ExitEngine, PrefixFn
+from lightning_mue.inference.engine import ExitEngine
+from lightning_mue.inference.rows import PrefixFn
 from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.trace import StreamTrace, Trace
@@ -23,8 +24,8 @@ from lightning_mue.trace import StreamTrace, Trace
 STREAM_SIGNALS = ("similarity", "gate")
 DECODER_SIGNALS = ("similarity", "gate", "confidence", "margin", "entropy")
 
-ScoreOf = Callable[[Tensor], Sequence[float]]
-"""Sequences ``[B, 1 + T]`` -> the metric's score of each sample, in [0, 1]."""
+ScoreOf = Callable[[Tensor], Mapping[str, Sequence[float]]]
+"""Sequences ``[B, 1 + T]`` -> metric -> score of each sample."""
 
 
 @torch.inference_mode()
@@ -37,6 +38,7 @@ def record(
     max_new_tokens: int | None = None,
     prefix_fn: PrefixFn | None = None,
     meta: dict[str, Any] | None = None,
+    groups: Sequence[str] | None = None,
 ) -> Trace:
     """Return the trace of one batch.
 
@@ -49,6 +51,7 @@ def record(
         max_new_tokens: as in ``ExitEngine.generate``.
         prefix_fn: as in ``ExitEngine.generate``.
         meta: kept in the trace.
+        groups: ``B`` names of the groups that promises may be about.
 
     Raises:
         ValueError: no exits are attached.
@@ -86,7 +89,8 @@ def record(
     return Trace(
         list(sample_ids),
         list(clusters),
-        np.asarray(score_of(full.sequences), dtype=np.float64),
+        list(groups) if groups is not None else [""] * len(sample_ids),
+        _arrays(score_of(full.sequences)),
         taken_BT.sum(1),
         prompt_B,
         streams,
@@ -138,15 +142,19 @@ def _alone(
     score_of: ScoreOf,
     max_new_tokens: int | None,
     prefix_fn: PrefixFn | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Leave one stream always at each of its exits: metric scores and equality with full depth, each ``[B, E]``."""
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Leave one stream always at each of its exits: metric -> scores, and equality with full depth, all ``[B, E]``."""
     scores, same = [], []
     for k in layers:
         engine = ExitEngine(model, ExitPolicy({stream: ExitRule.static(k)}))
         sequences = engine.generate(max_new_tokens, prefix_fn, **inputs).sequences
-        scores.append(np.asarray(score_of(sequences), dtype=np.float64))
+        scores.append(_arrays(score_of(sequences)))
         same.append(equal_rows(sequences, full, engine.backbone.decode_settings(None).pad_id).cpu().numpy())
-    return np.stack(scores, 1), np.stack(same, 1)
+    return {metric: np.stack([at[metric] for at in scores], 1) for metric in scores[0]}, np.stack(same, 1)
+
+
+def _arrays(scores: Mapping[str, Sequence[float]]) -> dict[str, np.ndarray]:
+    return {metric: np.asarray(values, dtype=np.float64) for metric, values in scores.items()}
 
 
 def equal_rows(a_BT: Tensor, b_BT: Tensor, pad_id: int) -> Tensor:

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from lightning_mue.calibration import Proposal, Tested
-from lightning_mue.calibration.losses import tolerance_of
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.report.labels import Label, place_labels
 from lightning_mue.report.svg import BAD, GOOD, INK, LINE, MUTED, PAPER, frame
@@ -29,7 +28,7 @@ def draw_frontier(figure: Figure, proposal: Proposal, tests: Sequence[Tested], p
         policy: the one chosen.
     """
     axes = figure.subplots()
-    measured = [used_of(test, proposal) for test in tests]
+    measured = [test.used for test in tests]
     shown = [min(u, _BEYOND) for u in [*(c.used for c in (*proposal.chain, *proposal.statics)), *measured]]
     low, top = min(0.0, *shown), max(1.2, *shown)
     axes.set_ylim(low - 0.08 * (top - low), top + 0.06 * (top - low))
@@ -48,13 +47,6 @@ def draw_frontier(figure: Figure, proposal: Proposal, tests: Sequence[Tested], p
     labels.sort(key=lambda label: not label.bold)
     left, right = axes.get_xlim()
     place_labels(axes, labels, marks, [(left, right, 1.0)])
-
-
-def used_of(test: Tested, proposal: Proposal) -> float:
-    """Return the part of the allowed loss that a tested candidate used on the certify split."""
-    keep = proposal.keep
-    start = 0.0 if proposal.metric == "consistency" else -(1 - keep) / keep * test.score_full_depth
-    return (test.result.mean_loss - start) / max(tolerance_of(proposal.metric, keep) - start, 1e-12)
 
 
 def _draw_statics(axes: Axes, proposal: Proposal, policy: ExitPolicy, top: float) -> list[Label]:

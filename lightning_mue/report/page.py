@@ -161,7 +161,7 @@ def _measured(rows: Sequence[Row], policy: ExitPolicy, quality: str | None, note
     plotted = [row for row in rows if is_measured(row.quality) and is_measured(row.p50_ms)]
     if len(plotted) < 2:
         return text
-    keep = promised.keep if promised is not None and quality == metric != "consistency" else None
+    keep = promised.promise.keep if promised is not None and quality == metric != "consistency" else None
     key = _MEASURED_KEY | ({} if keep is None else {"tint": f"keeps less than {keep:.1%}"})
     high = 0.13 * len(plotted)
     return text + _figure(

@@ -19,7 +19,7 @@ def build_trace(n=300, steps=6, seed=0, clusters=None, difficulty=0.1):
         similarity = np.clip(0.5 + 0.4 * gate + 0.2 * rng.random(wrong.shape), -1, 1).astype(np.float32)
         scores = {"gate": gate, "similarity": similarity}
         changed = wrong if len(shape) == 1 else (wrong & (np.arange(steps) < lengths[:, None])[..., None]).any(1)
-        score_at = np.where(changed & (rng.random(changed.shape) < 0.6), 1 - full[:, None], full[:, None])
+        score_at = {"accuracy": np.where(changed & (rng.random(changed.shape) < 0.6), 1 - full[:, None], full[:, None])}
         agree = None if len(shape) == 1 else ~wrong
         return StreamTrace(layers, num_layers, scores, score_at, ~changed, agree)
 
@@ -33,11 +33,12 @@ def build_trace(n=300, steps=6, seed=0, clusters=None, difficulty=0.1):
     return Trace(
         names,
         groups,
-        full,
+        [""] * n,
+        {"accuracy": full},
         lengths,
         np.zeros(len(names), dtype=np.int64),
         streams,
-        {"metric": "accuracy", "fingerprint": "abc"},
+        {"fingerprint": "abc"},
     )
 
 

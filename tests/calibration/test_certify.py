@@ -9,6 +9,7 @@ from lightning_mue.calibration.candidates import Candidate
 from lightning_mue.calibration.certify import Provenance, certify, split_hash, uncertified
 from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.policy import ExitPolicy, ExitRule, chain_hash
+from lightning_mue.promise import Promise
 
 IDS = [f"s{i:05d}" for i in range(1000)]
 FULL = (np.arange(1000) % 10 < 7).astype(float)
@@ -18,7 +19,7 @@ def candidates(count):
     policies = [
         ExitPolicy({"decoder": ExitRule("gate", (1,), (0.9 - 0.1 * i,))}, fingerprint="abc") for i in range(count)
     ]
-    return [Candidate(p, 0.002 * i, 0.1 * i, 50.0 - i, 0.7, 1.0, {"decoder": 3.0}) for i, p in enumerate(policies)]
+    return [Candidate(p, 0.1 * i, 50.0 - i, {"accuracy": 0.7}, 1.0, {"decoder": 3.0}) for i, p in enumerate(policies)]
 
 
 class Engine:
@@ -33,12 +34,12 @@ class Engine:
         self.calls.append(policy)
         wrong = np.arange(1000) < self.changed.get(policy.to_json(), 0)
         scores, i = np.where(wrong, 0.0, FULL), self.index
-        return Decoded([IDS[k] for k in i], [IDS[k] for k in i], scores[i], ~wrong[i])
+        return Decoded([IDS[k] for k in i], [IDS[k] for k in i], {"accuracy": scores[i]}, ~wrong[i])
 
 
 def run(chain, engine, metric="consistency", keep=0.98, **options):
-    defaults = {"confidence_level": 0.95, "seed": 0, "clusters": IDS, "full_score_mean": 0.7}
-    return certify(chain, engine, metric=metric, keep=keep, **(defaults | options))
+    defaults = {"confidence_level": 0.95, "seed": 0, "clusters": IDS, "full_scores": {"accuracy": 0.7}}
+    return certify(chain, engine, promises=[Promise(metric, keep)], **(defaults | {"estimate": False} | options))
 
 
 def test_the_last_that_passed_is_kept_not_the_first_that_failed():
@@ -49,8 +50,8 @@ def test_the_last_that_passed_is_kept_not_the_first_that_failed():
     assert [t.accepted for t in tests] == [True, True, True, False]  # the fifth is never looked at, though harmless
     assert seen == tests
     assert engine.calls == [ExitPolicy.full_depth(), *(c.policy for c in chain[:4])]
-    assert policy.certificate.p_value == tests[2].result.p <= 0.05
-    assert policy.certificate.mean_loss == 0.006
+    assert policy.certificate.evidence[0].p_value == tests[2].result.p <= 0.05
+    assert policy.certificate.evidence[0].mean_loss == 0.006
 
 
 def test_all_may_pass_and_the_fastest_by_prediction_wins():
@@ -68,9 +69,11 @@ def test_certificate_says_what_was_done():
     provenance = Provenance(data_fingerprint="data", decode={"max_new_tokens": 8}, note="selection_reused")
     policy, _ = run(chain, Engine(chain, [0, 1]), "accuracy", 0.95, seed=7, provenance=provenance)
     c = policy.certificate
-    assert (c.kind, c.metric, c.keep, c.confidence_level, c.seed) == ("certified", "accuracy", 0.95, 0.95, 7)
-    assert (c.n, c.clusters, c.method) == (1000, 1000, "betting on cluster means")
-    assert (c.score_full_depth, c.score) == (0.7, 0.699)
+    assert (c.kind, c.promise, c.confidence_level, c.seed) == ("certified", Promise("accuracy", 0.95), 0.95, 7)
+    (found,) = c.evidence
+    assert (found.n, found.clusters, found.method) == (1000, 1000, "betting on cluster means")
+    assert (found.score_full_depth, found.score) == (pytest.approx(0.7), pytest.approx(0.699))
+    assert found.kept == pytest.approx(0.699 / 0.7)
     assert c.chain_hash == chain_hash([k.policy for k in chain])
     assert c.split_hash == split_hash(IDS[::-1])
     assert (c.data_fingerprint, c.decode, c.note) == ("data", {"max_new_tokens": 8}, "selection_reused")
@@ -106,7 +109,7 @@ def test_too_few_clusters_decodes_nothing():
 def test_nothing_to_test_and_nothing_to_keep():
     policy, _ = run([], Engine([], []))
     assert "No policy that is faster" in policy.certificate.note
-    policy, _ = run(candidates(1), Engine([], []), "accuracy", full_score_mean=0.0)
+    policy, _ = run(candidates(1), Engine([], []), "accuracy", full_scores={"accuracy": 0.0})
     assert "scores 0 in accuracy" in policy.certificate.note
 
 
@@ -116,7 +119,7 @@ def test_nothing_passed_says_how_many_would_do():
     assert [t.accepted for t in tests] == [False]
     assert policy.is_full_depth
     assert policy.certificate.kind == "full depth"
-    assert policy.certificate.p_value is None
+    assert policy.certificate.evidence[0].p_value > 0.05
     needed = math.ceil(1.5 * 2 * math.log(20) * 0.015 * 0.985 / 0.005**2)
     assert f"about {needed} clusters would have been needed" in policy.certificate.note
     policy, _ = run(chain, Engine(chain, [30, 0]))
@@ -130,24 +133,24 @@ def test_other_samples_than_full_depth_are_refused():
 
     def loses_one(policy):
         found = engine(policy)
-        return found if policy.is_full_depth else Decoded(*(v[1:] for v in vars(found).values()))
+        return found if policy.is_full_depth else Decoded(IDS[1:], IDS[1:], {"accuracy": FULL[1:]}, found.same[1:])
 
     with pytest.raises(ValueError, match="must be decoded on the samples of full depth; 1 differ, such as 's00000'"):
         run(chain, loses_one)
-    with pytest.raises(ValueError, match="`keep` must lie"):
-        run(chain, engine, keep=1.2)
+    with pytest.raises(ValueError, match="`confidence_level` must lie"):
+        run(chain, engine, confidence_level=1)
 
 
 def test_consistency_needs_no_scores():
     chain = candidates(1)
     engine = Engine(chain, [1])
-    policy, _ = run(chain, lambda p: replace(engine(p), scores=np.full(1000, np.nan)))
+    policy, _ = run(chain, lambda p: replace(engine(p), scores={}))
     assert policy.certificate.kind == "certified"
-    assert policy.certificate.score is None
+    assert policy.certificate.evidence[0].score is None
     assert ExitPolicy.from_json(policy.to_json()) == policy
 
 
 def test_uncertified_is_marked():
-    policy = uncertified(candidates(2)[1], "accuracy", 0.98, 0.95)
+    policy = uncertified(candidates(2)[1], [Promise("accuracy", 0.98)], 0.95)
     assert policy.certificate.kind == "uncertified"
     assert "no promise" in policy.certificate.in_words()

@@ -6,17 +6,17 @@ import pytest
 from lightning_mue.calibration.candidates import CAUTION
 from lightning_mue.calibration.dials import DECAYS, GRID, Dials, stream_options
 from lightning_mue.calibration.frontier import pareto, peel
-from lightning_mue.calibration.losses import p_value
 from lightning_mue.calibration.propose import propose
 from lightning_mue.calibration.rows import StreamRows
 from lightning_mue.calibration.simulate import simulate
 from lightning_mue.policy import ExitPolicy, ExitRule
+from lightning_mue.promise import Promise
 from lightning_mue.trace import Trace
 
 
 def bytes_of(proposal):
     candidates = [*proposal.chain, *proposal.frontier, *proposal.statics]
-    return [(c.policy.to_json(), c.risk, c.ms, c.score, c.depths) for c in candidates]
+    return [(c.policy.to_json(), c.used, c.ms, c.score, c.depths) for c in candidates]
 
 
 def test_pareto_equals_comparing_all_pairs():
@@ -106,7 +106,7 @@ def test_options_hold_every_static_depth(make_trace):
 @pytest.mark.parametrize(("metric", "keep"), [("accuracy", 0.95), ("consistency", 0.9)])
 def test_chain_goes_from_safe_to_bold(make_trace, latency, metric, keep):
     trace = make_trace(n=600, clusters=200)
-    proposal = propose(trace, latency, metric, keep, 0.95)
+    proposal = propose(trace, latency, [Promise(metric, keep)])
     chain = proposal.chain
     assert 3 <= len(chain) <= 10
     assert (np.diff([c.used for c in chain]) > 0).all()
@@ -120,36 +120,34 @@ def test_chain_goes_from_safe_to_bold(make_trace, latency, metric, keep):
 @pytest.mark.parametrize("metric", ["accuracy", "consistency"])
 def test_predictions_are_those_of_simulate_and_of_the_test(make_trace, latency, metric):
     trace = make_trace(n=300, clusters=100)
-    proposal = propose(trace, latency, metric, 0.9, 0.95)
+    proposal = propose(trace, latency, [Promise(metric, 0.9)])
     assert proposal.full_depth.used == pytest.approx(0)
     assert proposal.full_depth.policy.is_full_depth
     for candidate in [*proposal.chain, *proposal.statics]:
         found = simulate(trace, candidate.policy, latency)
-        result = p_value(metric, found.score, trace.full_score, found.same, trace.clusters, 0.9, 0.95, 0)
-        assert candidate.risk == pytest.approx(result.mean_loss, abs=1e-12)
         assert candidate.ms == pytest.approx(found.ms.mean())
         steps = found.depths["decoder"][found.depths["decoder"] > 0]
         assert candidate.depths["decoder"] == pytest.approx(steps.mean())
-        kept = candidate.score / proposal.full_depth.score
+        kept = candidate.score["accuracy"] / proposal.full_depth.score["accuracy"]
         if metric == "accuracy":  # used 1 = exactly the promise, with caution for what luck may hide
+            drop = trace.full_score["accuracy"] - found.score["accuracy"]
             drops = [
-                np.mean([trace.full_score[i] - found.score[i] for i in range(300) if trace.clusters[i] == c])
-                for c in sorted(set(trace.clusters))
+                np.mean([drop[i] for i in range(300) if trace.clusters[i] == c]) for c in sorted(set(trace.clusters))
             ]
-            luck = CAUTION * np.std(drops) / np.sqrt(len(drops)) / proposal.full_depth.score
+            luck = CAUTION * np.std(drops) / np.sqrt(len(drops)) / proposal.full_depth.score["accuracy"]
             assert candidate.used == pytest.approx((max(1 - kept, 0) + luck) / 0.1)
 
 
 def test_no_combination_of_options_beats_the_frontier(make_trace, latency):
     trace = make_trace(n=80, steps=4)
-    proposal = propose(trace, latency, "consistency", 0.9, 0.95, dials=3)
+    proposal = propose(trace, latency, [Promise("consistency", 0.9)], dials=3)
     gammas = np.geomspace(0.1 / 30, 0.5, 3)
     choices = [stream_options(StreamRows.of(trace, name), gammas) for name in sorted(trace.streams)]
     for rules in itertools.product(*choices):
         policy = ExitPolicy({n: r for n, r in zip(sorted(trace.streams), rules, strict=True) if r})
         found = simulate(trace, policy, latency)
         risk, ms = (~found.same).mean(), found.ms.mean()
-        assert any(c.risk <= risk + 1e-9 and c.ms <= ms * 1.01 for c in proposal.frontier)
+        assert any(1 - c.same <= risk + 1e-9 and c.ms <= ms * 1.01 for c in proposal.frontier)
 
 
 def test_statics_are_reported_and_compete(make_trace, latency):
@@ -159,9 +157,9 @@ def test_statics_are_reported_and_compete(make_trace, latency):
             scores[:] = 0.5
     for stream in (trace.streams["decoder"], trace.streams["vision"]):
         stream.same_at[:] = True
-        stream.score_at[:] = trace.full_score[:, None]
+        stream.score_at["accuracy"][:] = trace.full_score["accuracy"][:, None]
     trace.streams["decoder"].agree[:] = True
-    proposal = propose(trace, latency, "accuracy", 0.95, 0.95)
+    proposal = propose(trace, latency, [Promise("accuracy", 0.95)])
     best = proposal.frontier[0].policy.rules
     assert (best["decoder"], best["vision"]) == (ExitRule.static(1), ExitRule.static(3))
     statics = [c.policy for c in proposal.statics]
@@ -174,22 +172,22 @@ def test_nothing_slower_than_full_depth_is_in_the_chain(make_trace, latency):
     decoder = latency.decoder
     dear = type(decoder)((1, 2), (0.0, 0.0), 0.0, 1.0, {"gate": 5.0, "similarity": 5.0})
     streams = {k: type(s)(1.0, 0.0, {"gate": 5.0, "similarity": 5.0}) for k, s in latency.streams.items()}
-    proposal = propose(trace, type(latency)(streams, dear), "accuracy", 0.95, 0.95)
+    proposal = propose(trace, type(latency)(streams, dear), [Promise("accuracy", 0.95)])
     assert proposal.chain == []
 
 
 def test_a_trace_without_exits_or_of_another_metric(make_trace, latency):
     trace = make_trace(n=50)
-    with pytest.raises(ValueError, match="holds scores of 'accuracy', the promise is about 'exact_match'"):
-        propose(trace, latency, "exact_match", 0.95, 0.95)
+    with pytest.raises(ValueError, match=r"holds scores of \['accuracy'\], the promise is about 'exact_match'"):
+        propose(trace, latency, [Promise("exact_match", 0.95)])
     trace.streams = {}
-    assert propose(trace, latency, "accuracy", 0.95, 0.95).chain == []
+    assert propose(trace, latency, [Promise("accuracy", 0.95)]).chain == []
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "consistency"])
 def test_same_policy_bytes_for_any_world_size_order_and_repeats(make_trace, latency, metric):
     trace = make_trace(n=240, clusters=120)
-    expected = propose(trace, latency, metric, 0.95, 0.95)
+    expected = propose(trace, latency, [Promise(metric, 0.95)])
     rng = np.random.default_rng(0)
     for world in (1, 2, 3, 8):
         order = rng.permutation(240)
@@ -200,10 +198,12 @@ def test_same_policy_bytes_for_any_world_size_order_and_repeats(make_trace, late
             decoder = shard.streams["decoder"]
             decoder.agree = decoder.agree[:, :steps]
             decoder.scores = {k: v[:, :steps] for k, v in decoder.scores.items()}
-        found = propose(Trace.merge([shards[i] for i in rng.permutation(len(shards))]), latency, metric, 0.95, 0.95)
+        found = propose(
+            Trace.merge([shards[i] for i in rng.permutation(len(shards))]), latency, [Promise(metric, 0.95)]
+        )
         assert bytes_of(found) == bytes_of(expected)
         assert found.chain_hash == expected.chain_hash
-    unmerged = propose(trace.select(np.r_[rng.permutation(240), 0, 0, 5]), latency, metric, 0.95, 0.95)
+    unmerged = propose(trace.select(np.r_[rng.permutation(240), 0, 0, 5]), latency, [Promise(metric, 0.95)])
     assert bytes_of(unmerged) == bytes_of(expected)
 
 
@@ -216,5 +216,5 @@ def test_last_bits_of_the_scores_do_not_matter(make_trace, latency):
                 k: (np.floor(v / grid).clip(0, 1000) * grid + shift * GRID).astype(np.float32)
                 for k, v in stream.scores.items()
             }
-    first, second = (propose(t, latency, "accuracy", 0.95, 0.95) for t in (trace, other))
+    first, second = (propose(t, latency, [Promise("accuracy", 0.95)]) for t in (trace, other))
     assert bytes_of(first) == bytes_of(second)

@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from lightning_mue.calibration import Decoded, p_value, propose, rehearse, simulate
+from lightning_mue.calibration import Decoded, propose, rehearse, simulate
 from lightning_mue.calibration.candidates import CAUTION
 from lightning_mue.calibration.dials import stream_options
 from lightning_mue.calibration.rows import StreamRows
 from lightning_mue.policy import ExitPolicy, ExitRule
+from lightning_mue.promise import Promise
 
 KEEP = 0.9
 
@@ -19,12 +20,12 @@ def decoder(trace, latency, harm):
 
     def decode(policy):
         found = simulate(trace, policy, latency)
-        score, same = found.score.copy(), found.same.copy()
+        score, same = found.score["accuracy"].copy(), found.same.copy()
         right = np.flatnonzero(score > 0)[: int(harm(policy) * len(score))]
         score[right], same[right] = 0.0, False
         order = np.random.default_rng(len(policy.rules)).permutation(len(score))  # ranks answer in any order
         ids, clusters = np.array(trace.sample_ids)[order], np.array(trace.clusters)[order]
-        return Decoded(ids.tolist(), clusters.tolist(), score[order], same[order])
+        return Decoded(ids.tolist(), clusters.tolist(), {"accuracy": score[order]}, same[order])
 
     return decode
 
@@ -32,10 +33,11 @@ def decoder(trace, latency, harm):
 def half_used(trace, policy, latency):
     """The part of the allowed loss that a policy of one stream uses, with the standard errors that luck may hide."""
     found = simulate(trace, policy, latency)
-    drop = trace.full_score - found.score
+    full = trace.full_score["accuracy"]
+    drop = full - found.score["accuracy"]
     drops = [drop[np.array(trace.clusters) == c].mean() for c in sorted(set(trace.clusters))]
     cautious = max(np.mean(drops), 0) + CAUTION * np.std(drops) / np.sqrt(len(drops))
-    full = np.mean([trace.full_score[np.array(trace.clusters) == c].mean() for c in sorted(set(trace.clusters))])
+    full = np.mean([full[np.array(trace.clusters) == c].mean() for c in sorted(set(trace.clusters))])
     return cautious / ((1 - KEEP) * full)
 
 
@@ -47,7 +49,7 @@ def trace(make_trace):
 @pytest.mark.parametrize("metric", ["accuracy", "consistency"])
 def test_the_chain_is_ordered_by_what_policies_did(trace, latency, metric):
     """Streams that harm each other: together far worse than each alone, which no simulation knows."""
-    proposal = propose(trace, latency, metric, KEEP, 0.95)
+    proposal = propose(trace, latency, [Promise(metric, KEEP)])
     harm = {1: 0.0, 2: 0.01, 3: 0.15}
     decode = decoder(trace, latency, lambda policy: harm[len(policy.rules)])
     assert max(len(link.policy.rules) for link in proposal.chain) == 3
@@ -56,9 +58,10 @@ def test_the_chain_is_ordered_by_what_policies_did(trace, latency, metric):
     assert all(len(link.policy.rules) < 3 for link in rehearsed.chain)  # 15 % of wrong answers break the promise
     for link in rehearsed.chain:
         found = decode(link.policy).in_order()
-        full = trace.full_score[np.argsort(trace.sample_ids)]
-        result = p_value(metric, found.scores, full, found.same, found.clusters, KEEP, 0.95, 0)
-        assert link.risk == pytest.approx(result.mean_loss, abs=1e-12)
+        of = np.array(found.clusters)
+        means = [found.scores["accuracy"][of == c].mean() for c in sorted(set(found.clusters))]
+        assert link.score["accuracy"] == pytest.approx(np.mean(means), abs=1e-12)
+        assert link.same == pytest.approx(np.mean([found.same[of == c].mean() for c in sorted(set(found.clusters))]))
         assert link.ms == pytest.approx(simulate(trace, link.policy, latency).ms.mean())
     for safe, bold in itertools.pairwise(rehearsed.chain):
         assert safe.used < bold.used
@@ -66,14 +69,14 @@ def test_the_chain_is_ordered_by_what_policies_did(trace, latency, metric):
 
 
 def test_where_simulation_was_right_nothing_changes(trace, latency):
-    proposal = propose(trace, latency, "accuracy", KEEP, 0.95)
+    proposal = propose(trace, latency, [Promise("accuracy", KEEP)])
     rehearsed = rehearse(proposal, trace, decoder(trace, latency, lambda policy: 0.0))
     assert [link.policy for link in rehearsed.chain] == [link.policy for link in proposal.chain]
-    assert [link.risk for link in rehearsed.chain] == pytest.approx([link.risk for link in proposal.chain])
+    assert [link.used for link in rehearsed.chain] == pytest.approx([link.used for link in proposal.chain])
 
 
 def test_fewer_streams_are_worth_decoding_too(trace, latency):
-    proposal = propose(trace, latency, "accuracy", KEEP, 0.95)
+    proposal = propose(trace, latency, [Promise("accuracy", KEEP)])
     links = [link.policy for link in proposal.chain]
     assert [c.policy for c in proposal.worth_decoding[: len(links)]] == links
     more = [c for c in proposal.worth_decoding if c.policy not in links]
@@ -95,8 +98,8 @@ def test_fewer_streams_are_worth_decoding_too(trace, latency):
 
 def test_static_depths_are_worth_decoding_even_bold_ones(trace, latency):
     """The fastest that no other beats in summed risk and time, up to twice the allowed loss; by trying all of them."""
-    trace.streams["vision"].score_at[:, 0], trace.streams["vision"].same_at[:, 0] = 0.0, False
-    proposal = propose(trace, latency, "accuracy", KEEP, 0.95)
+    trace.streams["vision"].score_at["accuracy"][:, 0], trace.streams["vision"].same_at[:, 0] = 0.0, False
+    proposal = propose(trace, latency, [Promise("accuracy", KEEP)])
     rules = [[None, *map(ExitRule.static, trace.streams[name].layers)] for name in sorted(trace.streams)]
     found = []
     for choice in itertools.product(*rules):
@@ -115,8 +118,8 @@ def test_static_depths_are_worth_decoding_even_bold_ones(trace, latency):
 
 
 def test_other_samples_are_refused(trace, latency):
-    proposal = propose(trace, latency, "accuracy", KEEP, 0.95)
-    one = Decoded(["other"], ["other"], np.ones(1), np.ones(1, dtype=bool))
+    proposal = propose(trace, latency, [Promise("accuracy", KEEP)])
+    one = Decoded(["other"], ["other"], {"accuracy": np.ones(1)}, np.ones(1, dtype=bool))
     with pytest.raises(ValueError, match="decoded on the 600 samples of the trace"):
         rehearse(proposal, trace, lambda policy: one)
 
@@ -125,8 +128,8 @@ def test_no_combination_is_worth_decoding_twice(make_trace, latency):
     """Where only the decoder may leave, every choice of streams comes down to that."""
     trace = make_trace(n=600, clusters=200)
     for name in ("vision", "encoder"):
-        trace.streams[name].score_at[:] = 0.0
+        trace.streams[name].score_at["accuracy"][:] = 0.0
         trace.streams[name].same_at[:] = False
-    found = [c.policy for c in propose(trace, latency, "accuracy", KEEP, 0.95).worth_decoding]
+    found = [c.policy for c in propose(trace, latency, [Promise("accuracy", KEEP)]).worth_decoding]
     assert len({policy.to_json() for policy in found}) == len(found)
     assert all(policy.rules for policy in found)

@@ -43,7 +43,11 @@ def one_decoder(trace, i, rule, cost):
         if depth < stream.num_layers and not stream.agree[i, t, stream.layers.index(depth)] and first is None:
             first = depth
         depths.append(depth)
-    change = 0.0 if first is None else stream.score_at[i, stream.layers.index(first)] - trace.full_score[i]
+    change = (
+        0.0
+        if first is None
+        else stream.score_at["accuracy"][i, stream.layers.index(first)] - trace.full_score["accuracy"][i]
+    )
     return depths, sum(len(c) for c in computed.values()), first is None, change, ms
 
 
@@ -59,9 +63,9 @@ def brute_force(trace, policy, latency, i):
             column = stream.layers.index(depth)
             if not stream.same_at[i, column]:
                 same = False
-                change += stream.score_at[i, column] - trace.full_score[i]
+                change += stream.score_at["accuracy"][i, column] - trace.full_score["accuracy"][i]
         all_depths[name] = depth
-    return all_depths, pairs, same, min(1.0, max(0.0, trace.full_score[i] + change)), ms
+    return all_depths, pairs, same, min(1.0, max(0.0, trace.full_score["accuracy"][i] + change)), ms
 
 
 RULES = {
@@ -86,7 +90,7 @@ def test_equals_plain_loops(make_trace, latency, name):
     trace.meta["decode"] = {"max_new_tokens": STEPS}
     rng = np.random.default_rng(0)
     for stream in trace.streams.values():  # every exit has a score of its own, so that taking a wrong one shows
-        stream.score_at = rng.random(stream.score_at.shape)
+        stream.score_at = {"accuracy": rng.random(stream.same_at.shape)}
     found = simulate(trace, policy, latency)
     for i in range(len(trace)):
         depths, pairs, same, score, ms = brute_force(trace, policy, latency, i)
@@ -96,7 +100,7 @@ def test_equals_plain_loops(make_trace, latency, name):
         assert (found.depths["encoder"][i], found.depths["vision"][i]) == (depths["encoder"], depths["vision"])
         assert found.pairs[i] == pairs
         assert found.same[i] == same
-        assert found.score[i] == pytest.approx(score, abs=1e-12)
+        assert found.score["accuracy"][i] == pytest.approx(score, abs=1e-12)
         assert found.ms[i] == pytest.approx(ms, rel=1e-12)
     assert name not in ("one", "static", "all") or not found.same.all()  # disagreement is among the cases
 
@@ -105,7 +109,7 @@ def test_full_depth_changes_nothing(make_trace, latency):
     trace = make_trace(n=40)
     found = simulate(trace, ExitPolicy.full_depth(), latency)
     assert found.same.all()
-    assert (found.score == trace.full_score).all()
+    assert (found.score["accuracy"] == trace.full_score["accuracy"]).all()
     assert (found.pairs == trace.lengths * 6).all()
     out_of_reach = ExitPolicy({"decoder": ExitRule("gate", (1, 2, 4), (math.inf,) * 3)})
     assert (simulate(trace, out_of_reach, latency).ms == found.ms).all()  # exits never taken are not tried
@@ -123,15 +127,15 @@ def test_each_pair_is_computed_at_most_once(make_trace, latency):
 def test_the_first_differing_step_decides_the_score(make_trace, latency):
     trace = make_trace(n=1)
     stream = trace.streams["decoder"]
-    trace.lengths[:], trace.full_score[:] = 4, 1.0
+    trace.lengths[:], trace.full_score["accuracy"][:] = 4, 1.0
     stream.scores["gate"][0] = [[0, 0, 0]] * 6
     stream.scores["gate"][0, 1], stream.scores["gate"][0, 3] = [0, 1, 0], [1, 0, 0]  # leave at 2, then at 1
     stream.agree[:] = True
     stream.agree[0, 1, 1] = stream.agree[0, 3, 0] = False
-    stream.score_at[0] = [0.1, 0.6, 0.9]
+    stream.score_at["accuracy"][0] = [0.1, 0.6, 0.9]
     found = simulate(trace, ExitPolicy({"decoder": ExitRule("gate", (1, 2, 4), (0.5, 0.5, 0.5))}), latency)
     assert found.depths["decoder"][0].tolist() == [6, 2, 6, 1, 0, 0]
-    assert found.score[0] == pytest.approx(0.6)
+    assert found.score["accuracy"][0] == pytest.approx(0.6)
 
 
 def test_padding_is_never_read(make_trace, latency):

@@ -36,7 +36,7 @@ def test_our_own_names_in_any_container(kind):
     assert_inputs(found, batch)
     assert (found["sample_id"], found["cluster"]) == (["a", "b", "c"], ["x", "x", "y"])
     assert found["references"] == [["one"], ["two", "deux"], ["three"]]
-    assert found.keys() == {*WANTED, "sample_id", "cluster", "references"}
+    assert found.keys() == {*WANTED, "sample_id", "cluster", "group", "references"}
     assert BatchKeys().names_clusters(kind(batch))
 
 
@@ -153,17 +153,17 @@ def test_certifies_a_project_of_tuples(make_trainer):
     make_trainer(callback).validate(module, tuple_loader(), verbose=False)
     certificate = callback.policy.certificate
     assert certificate.metric == "consistency"
-    assert certificate.n + len(callback.trace) == 60
+    assert certificate.evidence[0].n + len(callback.trace) == 60
     assert "independent" in certificate.note
     # What is decoded is what validation saw: after the project's own batch hooks.
-    decoded = callback.decoder(ExitPolicy.full_depth())
+    decoded = callback._run.decoder(ExitPolicy.full_depth())
     names = {}
     for pixels, ids, mask in tuple_loader():
         batch = {"pixel_values": (pixels - 0.5) * 2, "input_ids": ids, "attention_mask": mask}
         sequences = module.captioner.generate(**batch, max_new_tokens=TOKENS, do_sample=False, num_beams=1)
         names |= dict(zip(BatchKeys().read(batch, WANTED)["sample_id"], sequences.tolist(), strict=True))
     assert set(decoded.sample_ids) < set(names)
-    tokens = callback.decoder._full_tokens
+    tokens = callback._run.decoder._full_tokens
     for name, found in tokens.items():
         assert names[name][1 : len(found) + 1] == found
 
@@ -201,7 +201,7 @@ def test_named_references_are_scored_with_the_modules_own_processor(make_trainer
         sequences = module.model.generate(**inputs, max_new_tokens=2, do_sample=False, num_beams=1)
         texts = Words().batch_decode(sequences[:, 1:], True)
         tokens |= {n: float(a == t) for n, a, t in zip(batch["sample_id"], batch["answer"], texts, strict=True)}
-    assert dict(zip(collect.trace.sample_ids, collect.trace.full_score, strict=True)) == tokens
+    assert dict(zip(collect.trace.sample_ids, collect.trace.full_score["exact_match"], strict=True)) == tokens
 
 
 def test_a_row_alone_has_no_padding_and_a_prompt_may_be_missing():

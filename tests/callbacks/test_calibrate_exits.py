@@ -2,12 +2,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
-from lightning_mue import CalibrateExits, ExitEngine, ExitPolicy
+from lightning_mue import CalibrateExits, ExitEngine, ExitPolicy, Promise
 from lightning_mue.calibration import propose, rehearse
 from lightning_mue.callbacks import decoding
+from tests import zoo
 
-from .conftest import SAMPLES, TOKENS
+from .conftest import SAMPLES, TOKENS, Foreign, Plain
 
 
 def calibrate(**options):
@@ -21,11 +23,11 @@ def test_consistency_needs_no_references_no_labels_and_no_data_module(module, ma
     policy = ExitPolicy.load(tmp_path / "run" / "policy.json")
     certificate = policy.certificate
     assert policy.to_json() == callback.policy.to_json()
-    assert certificate.score is None
-    assert certificate.score_full_depth is None
+    assert certificate.evidence[0].score is None
+    assert certificate.evidence[0].score_full_depth is None
     if certificate.kind == "certified":
         assert callback.tests
-        assert certificate.n + len(callback.trace) == SAMPLES
+        assert certificate.evidence[0].n + len(callback.trace) == SAMPLES
     engine = ExitEngine(module.model, policy)  # the fingerprint is this model's
     assert engine.generate(TOKENS, **next(iter(make_loader(2)))).sequences.shape[0] == 2
 
@@ -35,7 +37,7 @@ def test_inside_fit_it_simulates_logs_and_promises_nothing(module, make_loader, 
     trainer = make_trainer(callback, keep, enable_checkpointing=True, num_sanity_val_steps=2)
     seen = []
     check = L.pytorch.callbacks.LambdaCallback(
-        on_sanity_check_end=lambda *_: seen.append((callback._journal, (tmp_path / "run" / "calibration").exists()))
+        on_sanity_check_end=lambda *_: seen.append((callback._run, (tmp_path / "run" / "calibration").exists()))
     )
     trainer.callbacks.append(check)
     trainer.fit(module, make_loader(24), make_loader())
@@ -69,7 +71,7 @@ def test_two_at_once_need_two_files(module, make_loader, make_trainer, tmp_path)
     two = [calibrate(keep=keep, out=out) for keep, out in names.items()]
     make_trainer(*two).validate(module, make_loader(), verbose=False)
     for keep, out in names.items():
-        assert ExitPolicy.load(out).certificate.keep == keep
+        assert ExitPolicy.load(out).certificate.promise.keep == keep
     with pytest.raises(RuntimeError, match="state_key"):
         make_trainer(calibrate(keep=0.5), calibrate(keep=0.3))
 
@@ -94,7 +96,7 @@ def test_several_loaders(module, make_loader, make_trainer):
     callback = calibrate(keep=0.05)
     loaders = [make_loader(36), make_loader(24, 1, "t")]
     make_trainer(callback).validate(module, loaders, verbose=False)
-    names = {*callback.decoder(ExitPolicy.full_depth()).sample_ids, *callback.trace.sample_ids}
+    names = {*callback._run.decoder(ExitPolicy.full_depth()).sample_ids, *callback.trace.sample_ids}
     assert len(names) == 60
 
 
@@ -124,10 +126,68 @@ def test_the_chain_is_rehearsed_before_any_other_sample_is_decoded(module, make_
     assert uses == sorted(uses, reverse=True)
     assert any(uses)
     assert not all(uses)
-    simulated = propose(callback.trace, callback.latency, callback.metric, 0.05, 0.95)
-    decoder = decoding.SplitDecoder(
-        trainer, module.model, callback.metric, None, callback._journal, callback.keys, "propose"
-    )
+    simulated = propose(callback.trace, callback.latency, [Promise("consistency", 0.05)])
+    run = callback._run
+    decoder = decoding.SplitDecoder(trainer, module.model, run.scoring, None, run.journal, callback.keys, "propose")
     decoder(ExitPolicy.full_depth())
     again = rehearse(simulated, callback.trace, decoder)
     assert callback.policy.certificate.chain_hash == again.chain_hash
+
+
+def test_several_promises_by_group(make_trainer, tmp_path):
+    """Groups are read where they lie; those too small run at full depth, and the engine asks for the group."""
+
+    class Grouped(Foreign):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"kind": "rare" if index % 20 == 0 else f"often{index % 2}"}
+
+    promises = [Promise("consistency", keep=0.05), Promise("consistency", keep=0.02)]
+    callback = calibrate(metric=None, promises=promises, group_by="kind", confidence_level=0.5)
+    make_trainer(callback).validate(Plain(), DataLoader(Grouped(), 12), verbose=False)
+    policy = ExitPolicy.load(tmp_path / "run" / "policy.json")
+    assert {(e.promise, e.group) for e in policy.certificate.evidence} == {
+        (promise, group) for promise in promises for group in ("often0", "often1")
+    }
+    assert "Groups too small to certify run at full depth: rare." in policy.certificate.note
+    certified = {s for s, (_, group) in callback._certifies.items() if group != "rare"}
+    assert set(callback._run.decoder(ExitPolicy.full_depth()).sample_ids) == certified
+    if policy.rules:
+        with pytest.raises(ValueError, match=r"leaves early for the groups \['often0', 'often1'\] alone"):
+            ExitEngine(Plain().model, policy, check_fingerprint=False).generate(2, **zoo.inputs("florence2", 2))
+
+
+def test_asking_again_is_noticed(module, make_loader, make_trainer):
+    make_trainer(calibrate(keep=0.05)).validate(module, make_loader(), verbose=False)
+    same = calibrate(keep=0.05)
+    make_trainer(same).validate(module, make_loader(), verbose=False)
+    assert same.policy.certificate.confidence_level == 0.95
+    with pytest.raises(ValueError, match="These samples have tested 1 other chain"):
+        make_trainer(calibrate(keep=0.04)).validate(module, make_loader(), verbose=False)
+    spends = calibrate(keep=0.04, reuse="spend")
+    make_trainer(spends).validate(module, make_loader(), verbose=False)
+    assert spends.policy.certificate.confidence_level == 0.9
+    assert "1 other chain(s) were tested on them" in spends.policy.certificate.note
+
+
+def test_what_was_tested_goes_to_the_logger(module, make_loader, make_trainer):
+    callback = calibrate(keep=0.05)
+    trainer = make_trainer(callback)
+    trainer.validate(module, make_loader(), verbose=False)
+    if callback.policy.rules:
+        (found,) = callback.policy.certificate.evidence
+        assert trainer.callback_metrics["exits/p_value"] == pytest.approx(found.p_value)
+        assert trainer.callback_metrics["exits/kept_consistency"] == pytest.approx(found.kept)
+        assert trainer.callback_metrics["exits/speedup"] > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"promises": [Promise("consistency", keep=0.5)]}, "Give `promises`, or `keep` and `metric`"),
+        ({"promises": [], "metric": None}, "`promises` is empty"),
+        ({"confidence_level": 1}, r"`confidence_level` must lie in \(0, 1\)"),
+    ],
+)
+def test_promises_that_contradict_themselves(options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(**options)

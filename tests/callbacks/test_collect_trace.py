@@ -9,14 +9,14 @@ from .conftest import BATCH, SAMPLES, TOKENS
 
 
 def nothing(sequences):
-    return [float("nan")] * len(sequences)
+    return {}
 
 
 def assert_equal(found, expected):
     assert found.sample_ids == expected.sample_ids
     assert found.clusters == expected.clusters
     np.testing.assert_array_equal(found.lengths, expected.lengths)
-    np.testing.assert_array_equal(found.full_score, expected.full_score)
+    assert found.full_score == expected.full_score == {}
     assert found.streams.keys() == expected.streams.keys()
     for name, stream in expected.streams.items():
         mine = found.streams[name]
@@ -25,7 +25,6 @@ def assert_equal(found, expected):
         for signal, scores in stream.scores.items():
             np.testing.assert_array_equal(mine.scores[signal], scores)
         np.testing.assert_array_equal(mine.same_at, stream.same_at)
-        np.testing.assert_array_equal(mine.score_at, stream.score_at)
         if stream.agree is not None:
             np.testing.assert_array_equal(mine.agree, stream.agree)
 

@@ -21,7 +21,7 @@ STATIC = ExitPolicy({"vision": ExitRule.static(2), "decoder": ExitRule.static(1)
 
 def half_leaves(model, batch):
     """A policy under which about half of what reaches an exit leaves there."""
-    ids, nothing = batch["sample_id"], lambda sequences: [0.0] * len(sequences)
+    ids, nothing = batch["sample_id"], lambda sequences: {}
     trace = record(model, batch, ids, ids, nothing, TOKENS)
     rules = {}
     for name, stream in trace.streams.items():

@@ -170,7 +170,7 @@ def test_validate_calibrates_and_the_bundle_gives_the_same_tokens(run, tmp_path)
     assert not policy.is_full_depth
     assert "samples are taken as independent" in certificate.note
     assert "selection_reused" in certificate.note
-    assert 0 < certificate.n == certificate.clusters < 60
+    assert 0 < certificate.evidence[0].n == certificate.evidence[0].clusters < 60
     for stream, layers in (("vision", 4), ("encoder", 4), ("decoder", 5)):
         assert 1 <= results[f"exit_depth/{stream}"] <= layers
 

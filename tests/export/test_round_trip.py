@@ -16,9 +16,10 @@ import lightning_mue
 from lightning_mue.backbones import fingerprint
 from lightning_mue.export import freeze, load
 from lightning_mue.inference import ExitEngine
-from lightning_mue.policy import Certificate, ExitPolicy
+from lightning_mue.policy import ExitPolicy
 from tests import zoo
 from tests.export.conftest import mixed_policy
+from tests.promises import certificate
 
 BACKBONES = list(zoo.BACKBONES)
 
@@ -115,11 +116,11 @@ def test_answer_needs_a_processor_and_as_many_prompts(bundle_once, talking_model
 
 
 def test_the_card_says_promise_policy_and_use(tmp_path):
-    certificate = Certificate("certified", "accuracy", 0.98, 0.95, 900, 300, 0.012, method="betting on cluster means")
-    policy = ExitPolicy(mixed_policy("florence2").rules, certificate=certificate)
+    promised = certificate()
+    policy = ExitPolicy(mixed_policy("florence2").rules, certificate=promised)
     folder = freeze(zoo.make("florence2"), policy, tmp_path / "captioner", table="| a |\n| --- |\n| 7 |")
     card = (folder / "README.md").read_text()
-    assert certificate.in_words() in card
+    assert promised.in_words() in card
     assert "| 7 |" in card
     assert re.search(r"\| decoder \| gate \| 1: 0.5, 2: 0.5", card)
     assert 'mue.load("captioner")' in card

@@ -5,8 +5,9 @@ import torch
 
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.answers import only_answers
-from lightning_mue.policy import Certificate, ExitPolicy
+from lightning_mue.policy import ExitPolicy
 from tests import reference, zoo
+from tests.promises import certificate
 
 
 @pytest.mark.parametrize("name", list(zoo.BACKBONES))
@@ -57,6 +58,6 @@ def test_a_policy_certified_on_closed_answers_gives_no_others():
     model, tensors = zoo.make("florence2", seed=2), zoo.inputs("florence2", 5)
     free = ExitEngine(model, ExitPolicy.full_depth(), processor=_Words(tensors)).answer([None] * 5, [""] * 5)
     assert not set(free) <= {"11", "23", "42"}
-    promise = Certificate("certified", "accuracy", 0.98, 0.95, p_value=0.01, decode={"answers": ["11", "23", "42"]})
+    promise = certificate(decode={"answers": ["11", "23", "42"]})
     engine = ExitEngine(model, ExitPolicy(certificate=promise), processor=_Words(tensors))
     assert set(engine.answer([None] * 5, [""] * 5)) <= {"11", "23", "42"}

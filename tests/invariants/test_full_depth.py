@@ -6,8 +6,9 @@ import torch
 from lightning_mue.backbones import EXITS, view
 from lightning_mue.exits import attach_exits, detach_exits
 from lightning_mue.inference import ExitEngine
-from lightning_mue.policy import Certificate, ExitPolicy, ExitRule
+from lightning_mue.policy import ExitPolicy, ExitRule
 from tests import reference, zoo
+from tests.promises import certificate
 
 BACKBONES = list(zoo.BACKBONES)
 
@@ -135,5 +136,5 @@ def test_what_is_not_greedy_is_refused():
 
 def test_a_certified_length_is_kept():
     model, tensors = zoo.make("florence2"), zoo.inputs("florence2", 2)
-    promise = Certificate("certified", "exact_match", 0.98, 0.95, p_value=0.01, decode={"max_new_tokens": 3})
+    promise = certificate(metric="exact_match", decode={"max_new_tokens": 3})
     assert ExitEngine(model, ExitPolicy(certificate=promise)).generate(**tensors).sequences.shape[1] == 4

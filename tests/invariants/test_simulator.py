@@ -13,6 +13,12 @@ from lightning_mue.policy import ExitPolicy, ExitRule
 from tests import zoo
 
 SAMPLES = 16
+
+
+def score_of(sequences):
+    return {"accuracy": [float(len(set(row.tolist())) % 2) for row in sequences]}
+
+
 SIGNAL_MS = {"gate": 0.1, "similarity": 0.1, "confidence": 0.4, "margin": 0.4, "entropy": 0.4}
 LATENCY = LatencyTable(
     {name: StreamLatency(1.0, 0.5, SIGNAL_MS) for name in ("vision", "encoder", "image", "text")},
@@ -26,7 +32,7 @@ def traced(request):
     tensors = zoo.inputs(request.param, SAMPLES)
     ids = [f"s{i:02d}" for i in range(SAMPLES)]
     meta = {"decode": view(model).decode_settings(None).plain}
-    trace = record(model, tensors, ids, ids, lambda s: [float(len(set(r.tolist())) % 2) for r in s], meta=meta)
+    trace = record(model, tensors, ids, ids, score_of, meta=meta)
     full = ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors).sequences
     return request.param, model, tensors, trace, full
 
@@ -84,7 +90,7 @@ def test_another_batch_size_records_the_same(traced):
     for first, last in ((0, 5), (5, SAMPLES)):
         rows = {k: v[first:last] for k, v in tensors.items()}
         part_ids = ids[first:last]
-        parts.append(record(model, rows, part_ids, part_ids, lambda s: [float(len(set(r.tolist())) % 2) for r in s]))
+        parts.append(record(model, rows, part_ids, part_ids, score_of))
     merged = type(trace).merge(parts[::-1])
     assert merged.sample_ids == trace.sample_ids
     assert merged.lengths.tolist() == trace.lengths.tolist()
@@ -104,7 +110,7 @@ def test_what_was_not_computed_is_not_in_the_trace(traced):
     def allowed(row, tokens):
         return [20 + row] if len(tokens) < 2 + row % 5 else [zoo.END]  # rows end at different steps
 
-    trace = record(model, tensors, ids, ids, lambda s: [0.0] * len(s), prefix_fn=allowed)
+    trace = record(model, tensors, ids, ids, lambda s: {}, prefix_fn=allowed)
     assert trace.lengths.tolist() == [2 + row % 5 for row in range(SAMPLES)]
     beyond = np.arange(trace.streams["decoder"].agree.shape[1])[None] >= trace.lengths[:, None]
     for values in (*trace.streams["decoder"].scores.values(), trace.streams["decoder"].agree):

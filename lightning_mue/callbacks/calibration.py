@@ -1,0 +1,208 @@
+"""Calibration: from the traces of a trainer's data to a certified policy, on every rank alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_mue.backbones import fingerprint, view
+from lightning_mue.calibration import (
+    Proposal,
+    Provenance,
+    Tested,
+    certify,
+    groups_large_enough,
+    propose,
+    rehearse,
+    split_hash,
+    worth_decoding,
+)
+from lightning_mue.callbacks.batch_keys import BatchKeys
+from lightning_mue.callbacks.batches import Batch
+from lightning_mue.callbacks.decoding import SplitDecoder
+from lightning_mue.callbacks.journal import Journal
+from lightning_mue.callbacks.ledger import Entry, Ledger, Reuse
+from lightning_mue.callbacks.scoring import Scoring
+from lightning_mue.inference.profile import device_name, measure_latency
+from lightning_mue.latency import LatencyTable
+from lightning_mue.policy import ExitPolicy
+from lightning_mue.promise import Promise
+from lightning_mue.trace import Trace
+
+SELECTION_REUSED = (
+    "selection_reused: nothing says that this data did not choose the checkpoint; if it did, the promise is weaker."
+)
+
+Certifies = Mapping[str, tuple[str, str]]
+"""The samples that certify: name -> cluster, group."""
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a calibration is asked for; as in CalibrateExits."""
+
+    promises: list[Promise]
+    confidence_level: float
+    seed: int
+    estimate: bool
+    reuse: Reuse
+
+
+@dataclass
+class Calibration:
+    """One calibration of a model on a trainer's validation data.
+
+    Args:
+        trainer: whose data.
+        model: the backbone.
+        asked: the promises.
+        scoring: of their metrics.
+        journal: of finished pieces.
+        keys: of the batches.
+        max_new_tokens: of each answer; the generation config's if not given.
+        note: what the certificate says beside the promise.
+    """
+
+    trainer: L.Trainer
+    model: nn.Module
+    asked: Asked
+    scoring: Scoring
+    journal: Journal
+    keys: BatchKeys
+    max_new_tokens: int | None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        self._ledger = Ledger(self.journal.folder / "ledger.json")
+
+    def measure(self, one: Batch | None, repeats: int) -> LatencyTable:
+        """Measure on rank 0, where ``one`` sample is given; a resumed calibration uses the table it began with."""
+        device = next(self.model.parameters()).device
+        path = self.journal.path("latency", [device_name(device), torch.get_num_threads(), repeats], ".json")
+
+        def table() -> str:
+            if not path.exists():
+                assert one is not None
+                inputs = {k: v.to(device) for k, v in one.items() if hasattr(v, "to")}
+                measure_latency(self.model, inputs, repeats, self.max_new_tokens).save(path)
+            return path.read_text(encoding="utf-8")
+
+        return LatencyTable.from_json(on_rank_zero(self.trainer, table), str(path))
+
+    def propose(self, trace: Trace, latency: LatencyTable, certifies: Certifies) -> Proposal:
+        """Search policies by simulation, and decode what is found on the data that it was found on."""
+        asked, groups = self.asked, self._groups(trace, certifies)
+        proposal = propose(trace, latency, asked.promises, groups)
+        chosen = [found for found in certifies.values() if groups is None or found[1] in groups]
+        clusters, group_of = [cluster for cluster, _ in chosen], [group for _, group in chosen]
+        size = (clusters, proposal.full_depth.score, groups, group_of, asked.estimate)
+        if not worth_decoding(asked.promises, asked.confidence_level, *size):
+            return proposal
+        rank_zero_info(f"Searched {proposal.searched:,} policies; decoding the {len(proposal.worth_decoding)} best.")
+        decoder = self._decoder("propose", proposal.groups)
+        decoder(ExitPolicy.full_depth())
+        return rehearse(proposal, trace, decoder)
+
+    def certify(self, proposal: Proposal, certifies: Certifies) -> tuple[ExitPolicy, list[Tested]]:
+        """Test the chain on the certify split."""
+        groups, asked = proposal.groups, self.asked
+        certifies = {name: found for name, found in certifies.items() if groups is None or found[1] in groups}
+        risk, spent = self._enter(proposal, list(certifies))
+        notes = [self.note, spent, "" if self.journal.key["data"] else SELECTION_REUSED]
+        note = " ".join(note.strip() for note in notes if note)
+        self.decoder = self._decoder("certify", groups)
+        policy, tests = certify(
+            proposal.chain,
+            self.decoder,
+            promises=asked.promises,
+            confidence_level=asked.confidence_level,
+            seed=asked.seed,
+            clusters=[cluster for cluster, _ in certifies.values()],
+            full_scores=proposal.full_depth.score,
+            groups=groups,
+            group_of=[group for _, group in certifies.values()],
+            estimate=asked.estimate,
+            provenance=Provenance(fingerprint(self.model), self.journal.key["data"], self._decode_settings(), note),
+            on_tested=_announce,
+        )
+        assert policy.certificate is not None
+        return replace(policy, certificate=replace(policy.certificate, confidence_level=round(1 - risk, 9))), tests
+
+    def _groups(self, trace: Trace, certifies: Certifies) -> tuple[str, ...] | None:
+        """Return the groups that can be promised for; None if samples are not grouped."""
+        if self.keys.group is None:
+            return None
+        of = np.asarray(trace.groups, dtype=str)
+        means = {str(g): {m: float(s[of == g].mean()) for m, s in trace.full_score.items()} for g in np.unique(of)}
+        clusters, group_of = zip(*certifies.values(), strict=True)
+        found = groups_large_enough(self.asked.promises, self.asked.confidence_level, means, clusters, group_of)
+        small = sorted({*group_of} - {*found})
+        if not found:
+            raise ValueError(
+                f"None of the groups by {self.keys.group!r} has enough samples to certify anything "
+                f"({', '.join(small)}); gather more, promise less, or leave `group_by` out"
+            )
+        self.note += f" Groups too small to certify run at full depth: {', '.join(small)}." if small else ""
+        return found
+
+    def _enter(self, proposal: Proposal, sample_ids: Sequence[str]) -> tuple[float, str]:
+        """Write the tests to come into the ledger; return the risk of error over all, and what to note of it."""
+        asked = self.asked
+        question = repr([proposal.chain_hash, asked.promises, asked.confidence_level, asked.seed])
+        digest = hashlib.sha256(question.encode()).hexdigest()[:16]
+        entry = Entry(split_hash(sample_ids), fingerprint(self.model), digest, 1 - asked.confidence_level)
+
+        def enter() -> tuple[float, str]:
+            earlier, others = self._ledger.enter(entry, asked.reuse), self._ledger.other_weights(entry)
+            notes = [f"These samples certified {others} other model(s) before."] if others else []
+            if earlier:
+                notes.append(f"{len(earlier)} other chain(s) were tested on them: the confidence is over all of them.")
+            return sum((e.risk for e in earlier), entry.risk), " ".join(notes)
+
+        return on_rank_zero(self.trainer, enter)
+
+    def _decode_settings(self) -> dict[str, Any]:
+        closed = list(getattr(getattr(self.trainer, "datamodule", None), "closed_answers", None) or [])
+        precision = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        corpus = {name: value for name, value in self.scoring.key.items() if name != "metrics"}
+        how = {"answers": closed, "precision": precision, "batching": "per row"}
+        return {**view(self.model).decode_settings(self.max_new_tokens).plain, **how, **corpus}
+
+    def _decoder(self, split: str, groups: Sequence[str] | None) -> SplitDecoder:
+        more = (self.scoring, self.max_new_tokens, self.journal, self.keys, split, groups)
+        return SplitDecoder(self.trainer, self.model, *more)
+
+
+def on_rank_zero(trainer: L.Trainer, make: Callable[[], Made]) -> Made:
+    """Return what rank 0 makes, on every rank.
+
+    Raises:
+        ValueError: making it did, on every rank.
+    """
+    found: tuple[Any, str] = (None, "")
+    if trainer.is_global_zero:
+        try:
+            found = (make(), "")
+        except ValueError as error:
+            found = (None, str(error))
+    made, error_text = trainer.strategy.broadcast(found)
+    if error_text:
+        raise ValueError(error_text)
+    result: Made = made
+    return result
+
+
+def _announce(tested: Tested) -> None:
+    verdict = "passes" if tested.accepted else "fails"
+    words = tested.candidate.policy.depths_in_words()
+    rank_zero_info(f"p = {tested.result.p:.3g} {verdict}: {words} ({tested.candidate.ms:.2f} ms predicted)")
