@@ -48,6 +48,9 @@ class CalibrateExits(L.Callback):
         promises: instead of ``keep`` and ``metric``: several things to keep at once, or an absolute ``drop``.
         group_by: key of what samples are grouped by, such as the type of a question: the promises are then kept in
             each group, and groups too small to certify run at full depth.
+        latency_ms: instead of ``keep``: milliseconds a sample may take by the latency table; the certificate says the
+            largest share of each metric that is shown to be kept within them.
+        speedup: likewise, how many times as fast as full depth it has to be.
         confidence_level: of all promises together.
         estimate: with too few samples to certify anything, choose by an estimate, which promises nothing.
         reuse: whether samples that certified another chain of these weights are refused, or spend confidence.
@@ -75,6 +78,8 @@ class CalibrateExits(L.Callback):
         metric: str | None = None,
         promises: list[Promise] | None = None,
         group_by: Key | None = None,
+        latency_ms: float | None = None,
+        speedup: float | None = None,
         confidence_level: float = 0.95,
         estimate: bool = True,
         reuse: Reuse = "refuse",
@@ -93,6 +98,7 @@ class CalibrateExits(L.Callback):
     ) -> None:
         self.keep, self.confidence_level, self.seed = keep, confidence_level, seed
         self.metric, self.promises = metric or "", promises  # chosen when the data is known
+        self.latency_ms, self.speedup = latency_ms, speedup
         self.estimate, self.reuse, self.frequencies = estimate, reuse, frequencies
         self.max_new_tokens, self.model, self.out, self.folder = max_new_tokens, model, out, folder
         self.latency_repeats, self.fit_samples = latency_repeats, fit_samples
@@ -118,6 +124,13 @@ class CalibrateExits(L.Callback):
         check_level(self.confidence_level)
         if self.promises is not None and self.metric:
             raise ValueError(f"Give `promises`, or `keep` and `metric`; both are given (metric {self.metric!r})")
+        budget = [limit for limit in (self.latency_ms, self.speedup) if limit is not None]
+        if len(budget) > 1 or any(not limit > 0 for limit in budget):
+            raise ValueError(
+                f"The budget is `latency_ms` or `speedup`, above 0, got {self.latency_ms} and {self.speedup}"
+            )
+        if budget and self.keys.group is not None:
+            raise ValueError("Within a budget nothing can be promised by group; leave `group_by` or the budget out")
         if not self._promised:
             raise ValueError("`promises` is empty; leave it out to promise `keep` of `metric`")
 
@@ -141,7 +154,8 @@ class CalibrateExits(L.Callback):
         if not self.metric and self.promises is None:
             ours = isinstance(getattr(trainer, "datamodule", None), ShardsDataModule)
             self.metric = "exact_match" if ours or self.keys.references is not None else "consistency"
-        asked = Asked(self._promised, self.confidence_level, self.seed, self.estimate, self.reuse)
+        budget = (self.latency_ms, self.speedup)
+        asked = Asked(self._promised, self.confidence_level, self.seed, self.estimate, self.reuse, *budget)
         scoring = Scoring(trainer, [promise.metric for promise in asked.promises], self.frequencies)
         journal = open_journal(trainer, model, scoring, self.max_new_tokens, self.folder)
         self._run = Calibration(trainer, model, asked, scoring, journal, self.keys, self.max_new_tokens)

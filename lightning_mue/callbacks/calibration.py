@@ -25,6 +25,7 @@ from lightning_mue.calibration import (
     split_hash,
     worth_decoding,
 )
+from lightning_mue.calibration.budget import best_within, certify_budget, within_budget
 from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import Batch
 from lightning_mue.callbacks.decoding import SplitDecoder
@@ -49,13 +50,19 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Asked:
-    """What a calibration is asked for; as in CalibrateExits."""
+    """What a calibration is asked for; as in CalibrateExits, with ``latency_ms`` and ``speedup`` as the budget."""
 
     promises: list[Promise]
     confidence_level: float
     seed: int
     estimate: bool
     reuse: Reuse
+    latency_ms: float | None = None
+    speedup: float | None = None
+
+    def budget_ms(self, full_ms: float) -> float | None:
+        """Return the milliseconds a sample may take where full depth takes ``full_ms``; None if quality is asked."""
+        return full_ms / self.speedup if self.speedup is not None else self.latency_ms
 
 
 @dataclass
@@ -106,35 +113,42 @@ class Calibration:
         chosen = [found for found in certifies.values() if groups is None or found[1] in groups]
         clusters, group_of = [cluster for cluster, _ in chosen], [group for _, group in chosen]
         size = (clusters, proposal.full_depth.score, groups, group_of, asked.estimate)
-        if not worth_decoding(asked.promises, asked.confidence_level, *size):
+        budget = asked.budget_ms(proposal.full_depth.ms)
+        if budget is not None:
+            proposal = within_budget(proposal, budget)
+        elif not worth_decoding(asked.promises, asked.confidence_level, *size):
             return proposal
         rank_zero_info(f"Searched {proposal.searched:,} policies; decoding the {len(proposal.worth_decoding)} best.")
         decoder = self._decoder("propose", proposal.groups)
         decoder(ExitPolicy.full_depth())
-        return rehearse(proposal, trace, decoder)
+        rehearsed = rehearse(proposal, trace, decoder)
+        return rehearsed if budget is None else best_within(rehearsed, budget)
 
     def certify(self, proposal: Proposal, certifies: Certifies) -> tuple[ExitPolicy, list[Tested]]:
-        """Test the chain on the certify split."""
+        """Test the chain on the certify split; within a budget, find out how much its one link keeps."""
         groups, asked = proposal.groups, self.asked
         certifies = {name: found for name, found in certifies.items() if groups is None or found[1] in groups}
         risk, spent = self._enter(proposal, list(certifies))
         notes = [self.note, spent, "" if self.journal.key["data"] else SELECTION_REUSED]
         note = " ".join(note.strip() for note in notes if note)
         self.decoder = self._decoder("certify", groups)
-        policy, tests = certify(
-            proposal.chain,
-            self.decoder,
-            promises=asked.promises,
-            confidence_level=asked.confidence_level,
-            seed=asked.seed,
-            clusters=[cluster for cluster, _ in certifies.values()],
-            full_scores=proposal.full_depth.score,
-            groups=groups,
-            group_of=[group for _, group in certifies.values()],
-            estimate=asked.estimate,
-            provenance=Provenance(fingerprint(self.model), self.journal.key["data"], self._decode_settings(), note),
-            on_tested=_announce,
-        )
+        provenance = Provenance(fingerprint(self.model), self.journal.key["data"], self._decode_settings(), note)
+        how: dict[str, Any] = {"confidence_level": asked.confidence_level, "seed": asked.seed}
+        how |= {"provenance": provenance, "on_tested": _announce}
+        if asked.budget_ms(proposal.full_depth.ms) is not None:
+            policy, tests = certify_budget(proposal, self.decoder, **how)
+        else:
+            policy, tests = certify(
+                proposal.chain,
+                self.decoder,
+                promises=asked.promises,
+                clusters=[cluster for cluster, _ in certifies.values()],
+                full_scores=proposal.full_depth.score,
+                groups=groups,
+                group_of=[group for _, group in certifies.values()],
+                estimate=asked.estimate,
+                **how,
+            )
         assert policy.certificate is not None
         return replace(policy, certificate=replace(policy.certificate, confidence_level=round(1 - risk, 9))), tests
 

@@ -180,9 +180,23 @@ def test_what_was_tested_goes_to_the_logger(module, make_loader, make_trainer):
         assert trainer.callback_metrics["exits/speedup"] > 1
 
 
+def test_a_budget_instead_of_a_quality(module, make_loader, make_trainer):
+    callback = calibrate(speedup=1.2, confidence_level=0.5)
+    make_trainer(callback).validate(module, make_loader(), verbose=False)
+    (test,) = callback.tests
+    assert test.candidate.ms <= callback.proposal.full_depth.ms / 1.2
+    assert callback.policy.is_full_depth or callback.policy.rules == test.candidate.policy.rules
+    assert callback.policy.certificate.kind == ("full depth" if callback.policy.is_full_depth else "certified")
+    with pytest.raises(ValueError, match=r"No policy takes at most 1e-09 ms"):
+        make_trainer(calibrate(latency_ms=1e-9)).validate(module, make_loader(), verbose=False)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"latency_ms": 1.0, "speedup": 2.0}, "The budget is `latency_ms` or `speedup`, above 0, got 1.0 and 2.0"),
+        ({"speedup": 0}, "above 0, got None and 0"),
+        ({"speedup": 2, "group_by": "kind"}, "nothing can be promised by group"),
         ({"promises": [Promise("consistency", keep=0.5)]}, "Give `promises`, or `keep` and `metric`"),
         ({"promises": [], "metric": None}, "`promises` is empty"),
         ({"confidence_level": 1}, r"`confidence_level` must lie in \(0, 1\)"),
