@@ -38,6 +38,9 @@ projected by each layer's own weights (CALM); or the projected K/V are copied up
 means to do; as released it leaves holes)."""
 
 
+PRECISIONS = (None, "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class ExitRule:
     """Leave a stream after ``layers[i]`` (counted from 1) if the signal's score is at least ``thresholds[i]``.
@@ -110,6 +113,7 @@ class ExitPolicy:
             approximations.
         backlog: with them, so many of the latest positions are still computed exactly; only those further back are
             filled.
+        precision: what the model computes in, such as ``bfloat16``; None: as it is.
         groups: only samples of these groups may leave early, all others run at full depth; None: there are no groups.
         fingerprint: of the weights the thresholds belong to; the engine refuses others. None: any weights.
         certificate: None means uncalibrated.
@@ -118,6 +122,7 @@ class ExitPolicy:
     rules: Mapping[str, ExitRule] = field(default_factory=dict)
     kv_fill: str = "just-in-time"
     backlog: int = 0
+    precision: str | None = None
     groups: tuple[str, ...] | None = None
     fingerprint: str | None = None
     certificate: Certificate | None = None
@@ -131,6 +136,8 @@ class ExitPolicy:
                 f"`backlog` bounds what is computed before K/V are filled by 'propagate' or 'copy', got {self.backlog} "
                 f"with {self.kv_fill!r}"
             )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"`precision` must be one of {list(PRECISIONS)}, got {self.precision!r}")
         for stream, rule in self.rules.items():
             if stream != "decoder" and (rule.decay is not None or rule.from_step):
                 raise ValueError(f"`decay` and `from_step` count decoding steps; {stream!r} is left once per sample")
@@ -149,14 +156,14 @@ class ExitPolicy:
 
     @property
     def is_full_depth(self) -> bool:
-        """Whether no stream can be left early."""
-        return not self.rules
+        """Whether it is the plain model: no stream can be left early, and nothing is rounded."""
+        return not self.rules and self.precision is None
 
     def depths_in_words(self) -> str:
         """Return a short name, such as ``decoder: gate at 1, 2; vision: static 2``."""
         if self.is_full_depth:
             return "full depth"
-        parts = []
+        parts = [] if self.rules else ["full depth"]
         for stream, rule in self.rules.items():
             layers = ", ".join(str(k) for k in rule.reachable)
             parts.append(
@@ -164,7 +171,7 @@ class ExitPolicy:
             )
         if self.kv_fill != "just-in-time":
             parts.append(f"K/V: {self.kv_fill}" + (f" beyond {self.backlog}" if self.backlog else ""))
-        return "; ".join(parts)
+        return "; ".join(parts) + (f"; in {self.precision}" if self.precision is not None else "")
 
     def to_json(self) -> str:
         """Return the policy as canonical JSON (sorted keys; ``inf`` as null): equal policies give equal bytes."""
@@ -183,6 +190,7 @@ class ExitPolicy:
             "rules": rules,
             "kv_fill": self.kv_fill,
             "backlog": self.backlog,
+            "precision": self.precision,
             "groups": list(self.groups) if self.groups is not None else None,
             "fingerprint": self.fingerprint,
             "certificate": self.certificate.to_dict() if self.certificate else None,
@@ -216,7 +224,8 @@ class ExitPolicy:
             }
             certificate = Certificate.from_dict(data["certificate"]) if data.get("certificate") else None
             groups = tuple(data["groups"]) if data.get("groups") is not None else None
-            return cls(rules, data["kv_fill"], data.get("backlog", 0), groups, data["fingerprint"], certificate)
+            how = (data["kv_fill"], data.get("backlog", 0), data.get("precision"), groups)
+            return cls(rules, *how, data["fingerprint"], certificate)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} must be a policy; an entry is missing or of another kind: {error}") from error
 

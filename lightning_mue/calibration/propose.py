@@ -130,6 +130,11 @@ def propose(
     return Proposal(chain, frontier, statics, worth_decoding, searched, tuple(promises), _names(groups))
 
 
+def timed_samples(trace: Trace) -> Trace:
+    """Return the samples on which times are predicted: ``TIMED`` of them, evenly spaced."""
+    return trace.select(np.unique(np.linspace(0, len(trace) - 1, min(len(trace), TIMED)).round().astype(np.int64)))
+
+
 def _of_groups(trace: Trace, groups: Sequence[str] | None) -> Trace:
     return trace if groups is None else trace.select(np.isin(np.asarray(trace.groups, dtype=str), list(groups)))
 
@@ -145,7 +150,7 @@ def _slack(promise: Promise) -> float:
 
 def _all_options(trace: Trace, latency: LatencyTable, gammas: np.ndarray, judge: Judge) -> dict[str, list[_Option]]:
     """Return the options of every stream."""
-    timed = trace.select(np.unique(np.linspace(0, len(trace) - 1, min(len(trace), TIMED)).round().astype(np.int64)))
+    timed = timed_samples(trace)
     return {
         name: _options(StreamRows.of(trace, name), StreamRows.of(timed, name), latency, gammas, trace, judge)
         for name in sorted(trace.streams)

@@ -54,6 +54,8 @@ class CalibrateExits(L.Callback):
         confidence_level: of all promises together.
         estimate: with too few samples to certify anything, choose by an estimate, which promises nothing.
         reuse: whether samples that certified another chain of these weights are refused, or spend confidence.
+        lower_precision: precisions that compete with leaving early, each with the best policies and full depth; the
+            promise is against full depth in the model's own. ``["bfloat16"]`` if not given.
         frequencies: file of document frequencies for ``cider``; those of the training references if not given.
         seed: of the certificate's one permutation.
         max_new_tokens: of each answer; the generation config's if not given.
@@ -83,6 +85,7 @@ class CalibrateExits(L.Callback):
         confidence_level: float = 0.95,
         estimate: bool = True,
         reuse: Reuse = "refuse",
+        lower_precision: list[str] | None = None,
         frequencies: str | None = None,
         seed: int = 0,
         max_new_tokens: int | None = None,
@@ -99,6 +102,7 @@ class CalibrateExits(L.Callback):
         self.keep, self.confidence_level, self.seed = keep, confidence_level, seed
         self.metric, self.promises = metric or "", promises  # chosen when the data is known
         self.latency_ms, self.speedup = latency_ms, speedup
+        self.lower_precision = ["bfloat16"] if lower_precision is None else lower_precision
         self.estimate, self.reuse, self.frequencies = estimate, reuse, frequencies
         self.max_new_tokens, self.model, self.out, self.folder = max_new_tokens, model, out, folder
         self.latency_repeats, self.fit_samples = latency_repeats, fit_samples
@@ -207,7 +211,8 @@ class CalibrateExits(L.Callback):
             self.proposal = propose(self.trace, self.latency, run.asked.promises)
             self._log_simulation(pl_module)
             return
-        self.proposal = run.propose(self.trace, self.latency, certifies)
+        lower = {p: run.measure(self._one, self.latency_repeats, p) for p in self.lower_precision}
+        self.proposal = run.propose(self.trace, self.latency, certifies, lower)
         self.policy, self.tests = run.certify(self.proposal, certifies)
         self._log_result(pl_module)
         target = self._target(trainer)

@@ -26,12 +26,14 @@ from lightning_mue.calibration import (
     worth_decoding,
 )
 from lightning_mue.calibration.budget import best_within, certify_budget, within_budget
+from lightning_mue.calibration.precision import with_precision
 from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import Batch
 from lightning_mue.callbacks.decoding import SplitDecoder
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.callbacks.ledger import Entry, Ledger, Reuse
 from lightning_mue.callbacks.scoring import Scoring
+from lightning_mue.inference.engine import in_precision
 from lightning_mue.inference.profile import device_name, measure_latency
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
@@ -92,22 +94,40 @@ class Calibration:
     def __post_init__(self) -> None:
         self._ledger = Ledger(self.journal.folder / "ledger.json")
 
-    def measure(self, one: Batch | None, repeats: int) -> LatencyTable:
+    def measure(self, one: Batch | None, repeats: int, precision: str | None = None) -> LatencyTable:
         """Measure on rank 0, where ``one`` sample is given; a resumed calibration uses the table it began with."""
         device = next(self.model.parameters()).device
-        path = self.journal.path("latency", [device_name(device), torch.get_num_threads(), repeats], ".json")
+        setting = [device_name(device), torch.get_num_threads(), repeats, precision]
+        path = self.journal.path("latency", setting, ".json")
 
         def table() -> str:
             if not path.exists():
                 assert one is not None
+                model = in_precision(self.model, precision)
                 inputs = {k: v.to(device) for k, v in one.items() if hasattr(v, "to")}
-                measure_latency(self.model, inputs, repeats, self.max_new_tokens).save(path)
+                dtype = next(model.parameters()).dtype
+                inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+                measure_latency(model, inputs, repeats, self.max_new_tokens).save(path)
             return path.read_text(encoding="utf-8")
 
-        return LatencyTable.from_json(on_rank_zero(self.trainer, table), str(path))
+        found = LatencyTable.from_json(on_rank_zero(self.trainer, table), str(path))
+        if found.device != setting[0]:
+            raise ValueError(
+                f"{path} was measured on {found.device!r}, this is {setting[0]!r}; delete it, or move it away"
+            )
+        return found
 
-    def propose(self, trace: Trace, latency: LatencyTable, certifies: Certifies) -> Proposal:
-        """Search policies by simulation, and decode what is found on the data that it was found on."""
+    def propose(
+        self,
+        trace: Trace,
+        latency: LatencyTable,
+        certifies: Certifies,
+        lower: Mapping[str, LatencyTable] | None = None,
+    ) -> Proposal:
+        """Search policies by simulation, and decode what is found on the data that it was found on.
+
+        ``lower`` are the costs in lower precisions, which compete.
+        """
         asked, groups = self.asked, self._groups(trace, certifies)
         proposal = propose(trace, latency, asked.promises, groups)
         chosen = [found for found in certifies.values() if groups is None or found[1] in groups]
@@ -118,6 +138,8 @@ class Calibration:
             proposal = within_budget(proposal, budget)
         elif not worth_decoding(asked.promises, asked.confidence_level, *size):
             return proposal
+        for precision, measured in (lower or {}).items():
+            proposal = with_precision(proposal, trace, measured, precision)
         rank_zero_info(f"Searched {proposal.searched:,} policies; decoding the {len(proposal.worth_decoding)} best.")
         decoder = self._decoder("propose", proposal.groups)
         decoder(ExitPolicy.full_depth())
@@ -189,6 +211,8 @@ class Calibration:
         closed = list(getattr(getattr(self.trainer, "datamodule", None), "closed_answers", None) or [])
         precision = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         corpus = {name: value for name, value in self.scoring.key.items() if name != "metrics"}
+        if self.keys.group is not None:
+            corpus["group_by"] = self.keys.group
         how = {"answers": closed, "precision": precision, "batching": "per row"}
         return {**view(self.model).decode_settings(self.max_new_tokens).plain, **how, **corpus}
 
@@ -217,6 +241,9 @@ def on_rank_zero(trainer: L.Trainer, make: Callable[[], Made]) -> Made:
 
 
 def _announce(tested: Tested) -> None:
-    verdict = "passes" if tested.accepted else "fails"
-    words = tested.candidate.policy.depths_in_words()
-    rank_zero_info(f"p = {tested.result.p:.3g} {verdict}: {words} ({tested.candidate.ms:.2f} ms predicted)")
+    words = f"{tested.candidate.policy.depths_in_words()} ({tested.candidate.ms:.2f} ms predicted)"
+    if tested.evidence[0].interval is None:
+        found = f"p = {tested.result.p:.3g} {'passes' if tested.accepted else 'fails'}"
+    else:
+        found = f"{tested.used:.0%} of the allowed loss is used"
+    rank_zero_info(f"{found}: {words}")

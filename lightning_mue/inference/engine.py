@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +43,8 @@ class ExitEngine:
     """Generates greedily under an exit policy; ``ExitPolicy.full_depth()`` is the plain model.
 
     Args:
-        model: a supported backbone, with exits attached if the policy needs them. It is put into eval mode.
+        model: a supported backbone, with exits attached if the policy needs them. It is put into eval mode; a policy of
+            lower precision makes a copy.
         policy: what may be left when.
         check_fingerprint: refuse a policy made for other weights (hashing all weights takes a moment).
         processor: makes tensors of pictures and prompts and text of tokens; only ``answer`` needs it.
@@ -54,10 +56,10 @@ class ExitEngine:
     def __init__(
         self, model: nn.Module, policy: ExitPolicy, check_fingerprint: bool = True, processor: Any = None
     ) -> None:
-        self.model = model.eval()
+        self.model = in_precision(model.eval(), policy.precision)
         self.processor = processor
-        self.backbone: Backbone = view(model)
-        self.exits: Exits | None = attached(model)
+        self.backbone: Backbone = view(self.model)
+        self.exits: Exits | None = attached(self.model)
         self.policy = policy
         check_policy(policy, self.backbone, self.exits)
         if check_fingerprint and policy.fingerprint is not None and policy.fingerprint != (found := fingerprint(model)):
@@ -163,6 +165,9 @@ class ExitEngine:
         """
         _check_inputs(inputs)
         inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
+        if self.policy.precision is not None:
+            dtype = getattr(torch, self.policy.precision)
+            inputs = {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
         if max_new_tokens is None and self.policy.certificate is not None:
             max_new_tokens = self.policy.certificate.decode.get("max_new_tokens")  # what was certified
         settings = self.backbone.decode_settings(max_new_tokens)
@@ -197,6 +202,12 @@ class ExitEngine:
             watch.ms,
         )
         return output, executor
+
+
+def in_precision(model: nn.Module, precision: str | None) -> nn.Module:
+    """Return the model if it computes in this precision, else a copy of it that does."""
+    dtype = next(model.parameters()).dtype if precision is None else getattr(torch, precision)
+    return model if dtype == next(model.parameters()).dtype else copy.deepcopy(model).to(dtype)
 
 
 def decoder_exits(policy: ExitPolicy, steps: int, forced: Sequence[Sequence[int]] | None = None) -> DecoderExits:

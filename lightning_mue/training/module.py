@@ -266,7 +266,14 @@ class MultiExitModule(L.LightningModule):
         engine = ExitEngine(self.model, self.policy, check_fingerprint=False)
         constrain = getattr(getattr(self.trainer, "datamodule", None), "answer_constraint", None)
         end_id = engine.backbone.decode_settings(None).end_ids[0]
-        return engine.generate(prefix_allowed_tokens_fn=constrain(end_id) if constrain else None, **batch)
+        allowed = constrain(end_id) if constrain else None
+        return engine.generate(prefix_allowed_tokens_fn=allowed, groups=self._groups(batch), **batch)
+
+    def _groups(self, batch: Batch) -> list[str] | None:
+        """Return the group of each row, for a policy that was certified by group."""
+        if self.policy.groups is None or self.policy.certificate is None:
+            return None
+        return [str(group) for group in batch[self.policy.certificate.decode["group_by"]]]
 
 
 def _all_right(tokens_N: Tensor, labels_BT: Tensor) -> Tensor:
