@@ -141,6 +141,8 @@ class EncodedBatches(Dataset[Batch]):
             batch["decoder_prompt"] = self.processor.decoder_prompts([sample.decoder_prompt for sample in samples])
         for name in ("sample_id", "cluster", "references", "level"):
             batch[name] = [getattr(sample, name) for sample in samples]
+        for name in set.intersection(*(set(sample.kinds) for sample in samples)) - batch.keys():
+            batch[name] = [sample.kinds[name] for sample in samples]
         batch["prompt"] = [f"{sample.prompt} {sample.decoder_prompt}".rstrip() for sample in samples]
         return batch
 

@@ -27,7 +27,7 @@ class ShardsDataModule(LightningDataModule):
 
     A batch is a dict: ``pixel_values`` float [B, 3, H, W], ``input_ids`` and ``attention_mask`` [B, S], ``labels``
     [B, T] (-100 at padding, ended by ``</s>``), ``decoder_prompt`` [B, P] if the task has one (-100 at padding), and
-    lists of B: ``sample_id``, ``cluster``, ``references``, ``level``, ``prompt``.
+    lists of B: ``sample_id``, ``cluster``, ``references``, ``level``, ``prompt``, and ``question_type`` and the like.
 
     Calibration data never chose a checkpoint: it is the ``holdout`` share of the training pictures, or, with
     ``holdout`` 0, the part of the validation pictures that is not in the ``select`` share that ``fit`` validates on.

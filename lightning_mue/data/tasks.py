@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -29,6 +29,7 @@ class Sample:
         task: the task's name.
         level: difficulty from 1 where the data says one, else 0.
         decoder_prompt: what the decoder reads before it answers; may be empty.
+        kinds: what else the data says of a question, such as its type: name -> text.
     """
 
     sample_id: str
@@ -39,6 +40,7 @@ class Sample:
     task: str
     level: int
     decoder_prompt: str = ""
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_samples(record: Record, image: Image.Image | None, task: str) -> list[Sample]:
@@ -121,13 +123,18 @@ def cluster_point(cluster: str, salt: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-Row = tuple[str, str, list[str], int] | tuple[str, str, list[str], int, str]
-"""Name, prompt, answers, level, and a decoder prompt if there is one."""
+Row = (
+    tuple[str, str, list[str], int]
+    | tuple[str, str, list[str], int, str]
+    | tuple[str, str, list[str], int, str, dict[str, str]]
+)
+"""Name, prompt, answers, level; a decoder prompt and kinds if there are any."""
 
 
 def _vqa(record: Record) -> Iterable[Row]:
     for k, question in enumerate(record["qa"]):
-        yield f"q{k}", question["text"], question["refs"], question.get("level", 0)
+        kinds = {name: text for name, text in question.items() if name != "text" and isinstance(text, str)}
+        yield f"q{k}", question["text"], question["refs"], question.get("level", 0), "", kinds
 
 
 def _statement(record: Record) -> Iterable[Row]:

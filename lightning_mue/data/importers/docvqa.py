@@ -37,7 +37,7 @@ def parse(files: Mapping[str, Any], split: str) -> Iterator[Entry]:
         rows = [(q["questionId"], q["question"], q.get("answers") or []) for q in of_page]
         document = of_page[0].get("ucsf_document_id") or of_page[0].get("docId")
         group = {} if document is None else {"group": str(document)}
-        yield questioned(key_of("docvqa", page), page, rows, **group)
+        yield questioned(key_of("docvqa", page), page, rows, None, **group)
 
 
 LAYOUT = Layout(

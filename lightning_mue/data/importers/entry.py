@@ -51,13 +51,20 @@ def captioned(key: str, image: str, captions: Sequence[object]) -> Entry:
     return Entry(key, image, "refs", [text for text in captions if is_text(text)], empty)
 
 
-def questioned(key: str, image: str, questions: Iterable[tuple[Any, object, Sequence[object]]], **more: Any) -> Entry:
+def questioned(
+    key: str,
+    image: str,
+    questions: Iterable[tuple[Any, object, Sequence[object]]],
+    kinds: Mapping[Any, Mapping[str, str]] | None = None,
+    **more: Any,
+) -> Entry:
     """Return a picture with its questions, those that are empty or have no answer left out.
 
     Args:
         key: of the picture.
         image: its file.
         questions: id, text and answers; empty answers are left out.
+        kinds: id -> what else is said of a question, such as its type.
         more: other fields of the record.
     """
     qa, left_out = [], []
@@ -65,7 +72,7 @@ def questioned(key: str, image: str, questions: Iterable[tuple[Any, object, Sequ
         refs = [answer for answer in answers if is_text(answer)]
         left_out += [f"an answer to question {number} of {key} is empty"] * (len(answers) - len(refs))
         if is_text(text) and refs:
-            qa.append({"id": number, "text": text, "refs": refs})
+            qa.append({"id": number, "text": text, "refs": refs, **(kinds or {}).get(number, {})})
         else:
             left_out.append(f"question {number} of {key} {'has no answer' if is_text(text) else 'is empty'}")
     return Entry(key, image, "qa", qa, left_out, more)

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_mue.data.importers.annotations import ANSWERS, QUESTIONS, by_kind
-from lightning_mue.data.importers.entry import Entry, key_of, questioned, refuse_twice
+from lightning_mue.data.importers.entry import Entry, is_text, key_of, questioned, refuse_twice
 from lightning_mue.data.importers.layout import Layout
 
 NEEDS = "v2_OpenEnded_mscoco_{train,val}2014_questions.json with v2_mscoco_{train,val}2014_annotations.json"
+
+KINDS = ("question_type", "answer_type")
+"""What promises may be about in turn (``group_by``)."""
 
 
 def parse(files: Mapping[str, Any], split: str) -> Iterator[Entry]:
@@ -43,12 +46,14 @@ def parse(files: Mapping[str, Any], split: str) -> Iterator[Entry]:
 def _entries(questions: list[Any], annotations: list[Any], subtype: str) -> Iterator[Entry]:
     refuse_twice((question["question_id"] for question in questions), "a question (question_id)")
     answers = {a["question_id"]: [answer["answer"] for answer in a["answers"]] for a in annotations}
+    kinds = {a["question_id"]: {kind: a[kind] for kind in KINDS if is_text(a.get(kind))} for a in annotations}
     by_picture = defaultdict(list)
     for question in questions:
         number = question["question_id"]
         by_picture[question["image_id"]].append((number, question["question"], answers.get(number, [])))
     for picture, of_picture in by_picture.items():
-        yield questioned(key_of("coco", picture), f"{subtype}/COCO_{subtype}_{picture:012d}.jpg", of_picture)
+        image = f"{subtype}/COCO_{subtype}_{picture:012d}.jpg"
+        yield questioned(key_of("coco", picture), image, of_picture, kinds)
 
 
 def _files(split: str) -> list[tuple[str, ...]]:

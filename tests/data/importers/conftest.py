@@ -67,7 +67,7 @@ def vqa_annotations(subtype, answers):
         {
             "question_id": q,
             "image_id": 1,
-            "question_type": "what",
+            "question_type": f"type of {q}",
             "answer_type": "other",
             "multiple_choice_answer": ten[0],
             "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": k} for k, a in enumerate(ten, 1)],

@@ -142,14 +142,23 @@ def test_snli_ve_tells_the_caption_where_asked(official, tmp_path):
         imported("snli-ve", annotations, images, tmp_path / "out")
 
 
+def kinds(question):
+    return {"question_type": f"type of {question}", "answer_type": "other"}
+
+
 def test_vqa_has_all_ten_answers(official, tmp_path):
     annotations, images = official("vqa")
     records, _ = imported("vqa", annotations, images, tmp_path / "out")
     assert list(records) == ["coco-9", "coco-25"]
     assert records["coco-9"]["qa"] == [
-        {"id": 9000, "text": "What is it?", "refs": ["dog"] * 10},
-        {"id": 9001, "text": "Is it big?", "refs": ["yes"] * 7 + ["no"] * 3},
+        {"id": 9000, "text": "What is it?", "refs": ["dog"] * 10} | kinds(9000),
+        {"id": 9001, "text": "Is it big?", "refs": ["yes"] * 7 + ["no"] * 3} | kinds(9001),
     ]
+    data = ShardsDataModule(str(tmp_path / "out"), "vqa", val=str(tmp_path / "out" / "train-*.tar"), image_size=8)
+    batch = next(iter(data.train_dataloader()))  # what promises may be about in turn
+    expected = {f"coco-9#q{k}": f"type of 900{k}" for k in (0, 1)}
+    assert expected.items() <= dict(zip(batch["sample_id"], batch["question_type"], strict=True)).items()
+    assert set(batch["answer_type"]) == {"other"}
     assert asked(tmp_path / "out", "vqa")[2] == ("coco-25#q0", "How many?", [str(k) for k in range(10)])
 
 
