@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,9 +54,9 @@ class MueTrainer(L.Trainer):
                 if value is not None:
                     setattr(callback, name, value)
             callback.check()
-            callback.trace = None
+            callback.proposal = None
         found = self.validate(model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule, weights_only=True)
-        if any(callback.trace is None for callback in ours):
+        if any(callback.proposal is None for callback in ours):
             raise ValueError(
                 "Nothing was calibrated: there was no validation batch. Give validation data, and no "
                 "`limit_val_batches` of 0."
@@ -95,6 +96,7 @@ class MueCLI(LightningCLI):
         """Set the number of threads: small models are fastest on one, and suffer when others share the cores."""
         if (threads := self.config[self.subcommand].threads) is not None:
             torch.set_num_threads(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # else Lightning's launcher of several processes chooses
 
     def before_validate(self) -> None:
         """Look for the checkpoint."""

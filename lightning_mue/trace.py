@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,7 @@ class Trace:
                 arrays[f"{name}.agree"] = s.agree
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside = path.with_name(f".{path.name}.{token_hex(8)}")
         arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
         # One metadata key: safetensors writes several in random order, and equal traces should be equal files.
         save_file(arrays, aside, metadata={"trace": json.dumps({"format": SCHEMA, **header}, sort_keys=True)})

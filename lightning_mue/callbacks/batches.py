@@ -84,12 +84,3 @@ def on_device(batch: Batch, model: nn.Module) -> Batch:
     """Move the tensors of a batch to the model's device."""
     device = next(model.parameters()).device
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def gather(items: list[Any]) -> list[Any]:
-    """Return the items of all ranks, in order of rank."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return items
-    everyone: list[list[Any]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyone, items)
-    return [item for part in everyone for item in part]

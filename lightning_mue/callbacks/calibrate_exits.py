@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from lightning_mue.backbones import view
 from lightning_mue.calibration import Proposal, Tested, propose, uncertified
 from lightning_mue.calibration.losses import check_level
 from lightning_mue.callbacks.batch_keys import BatchKeys, Inputs, Key
-from lightning_mue.callbacks.batches import Batch, gather, in_split, rows_of, single
-from lightning_mue.callbacks.calibration import Asked, Calibration
+from lightning_mue.callbacks.batches import Batch, in_split, rows_of, single
+from lightning_mue.callbacks.calibration import Ask, Asked, Calibration, Certifies
 from lightning_mue.callbacks.collect_trace import open_journal, record_batch
 from lightning_mue.callbacks.ledger import Reuse
 from lightning_mue.callbacks.multi_exit_supervision import find_model
+from lightning_mue.callbacks.ranks import check_visible, gather, lead, refuse_sharded
 from lightning_mue.callbacks.scoring import Scoring
 from lightning_mue.data import ShardsDataModule
 from lightning_mue.exits import attached
@@ -155,6 +158,7 @@ class CalibrateExits(L.Callback):
         exits = attached(model)
         if exits is None or not exits.layers:
             raise ValueError("There are no exits to calibrate; call `attach_exits(model, config)` and train them.")
+        refuse_sharded(trainer.model or model)
         if not self.metric and self.promises is None:
             ours = isinstance(getattr(trainer, "datamodule", None), ShardsDataModule)
             self.metric = "exact_match" if ours or self.keys.references is not None else "consistency"
@@ -205,21 +209,33 @@ class CalibrateExits(L.Callback):
                 f"by a hash of their names); found {len(paths)} batches for the one and {len(certifies)} samples for "
                 "the other. Give more validation data: `val` with a lower `select`, or a larger `holdout`."
             )
-        self.trace = Trace.merge([Trace.load(p) for p in paths])
-        self.latency = run.measure(self._one, self.latency_repeats)
+        one = next(batch for batch in gather([self._one]) if batch is not None)  # rank 0 may have seen none
+        run.note = max(gather([run.note]))
+        choose = partial(self._choose, run, paths, certifies, one)
+        self.latency, self.proposal, self.policy, self.tests = lead(choose, run.decode)
         if fitting:
-            self.proposal = propose(self.trace, self.latency, run.asked.promises)
             self._log_simulation(pl_module)
             return
-        lower = {p: run.measure(self._one, self.latency_repeats, p) for p in self.lower_precision}
-        self.proposal = run.propose(self.trace, self.latency, certifies, lower)
-        self.policy, self.tests = run.certify(self.proposal, certifies)
+        assert self.policy is not None
         self._log_result(pl_module)
         target = self._target(trainer)
         if trainer.is_global_zero:
             self.policy.save(target)
         assert self.policy.certificate is not None
         rank_zero_info(f"{self.policy.certificate.in_words()}\nPolicy: {self.policy.depths_in_words()} -> {target}")
+
+    def _choose(
+        self, run: Calibration, paths: Sequence[Path], certifies: Certifies, one: Batch, ask: Ask
+    ) -> tuple[LatencyTable, Proposal, ExitPolicy | None, list[Tested]]:
+        """Propose, and outside of ``fit`` certify, on rank 0; all ranks decode what it asks for."""
+        check_visible(paths)
+        self.trace = Trace.merge([Trace.load(p) for p in paths])
+        latency = run.measure(one, self.latency_repeats)
+        if run.trainer.state.fn == TrainerFn.FITTING:
+            return latency, propose(self.trace, latency, run.asked.promises), self.policy, []
+        lower = {p: run.measure(one, self.latency_repeats, p) for p in self.lower_precision}
+        proposal = run.propose(self.trace, latency, certifies, lower, ask)
+        return latency, proposal, *run.certify(proposal, certifies, ask)
 
     @property
     def state_key(self) -> str:

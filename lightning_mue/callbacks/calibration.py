@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -26,6 +26,7 @@ from lightning_mue.calibration import (
     worth_decoding,
 )
 from lightning_mue.calibration.budget import best_within, certify_budget, within_budget
+from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.calibration.precision import with_precision
 from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import Batch
@@ -47,7 +48,8 @@ SELECTION_REUSED = (
 Certifies = Mapping[str, tuple[str, str]]
 """The samples that certify: name -> cluster, group."""
 
-Made = TypeVar("Made")
+Ask = Callable[[tuple[str, Sequence[str] | None, ExitPolicy]], Decoded]
+"""Has all ranks decode a policy on a split and its groups."""
 
 
 @dataclass(frozen=True)
@@ -93,24 +95,20 @@ class Calibration:
 
     def __post_init__(self) -> None:
         self._ledger = Ledger(self.journal.folder / "ledger.json")
+        self.decoders: dict[str, SplitDecoder] = {}
 
-    def measure(self, one: Batch | None, repeats: int, precision: str | None = None) -> LatencyTable:
-        """Measure on rank 0, where ``one`` sample is given; a resumed calibration uses the table it began with."""
+    def measure(self, one: Batch, repeats: int, precision: str | None = None) -> LatencyTable:
+        """Measure on one sample; a resumed calibration uses the table it began with."""
         device = next(self.model.parameters()).device
         setting = [device_name(device), torch.get_num_threads(), repeats, precision]
         path = self.journal.path("latency", setting, ".json")
-
-        def table() -> str:
-            if not path.exists():
-                assert one is not None
-                model = in_precision(self.model, precision)
-                inputs = {k: v.to(device) for k, v in one.items() if hasattr(v, "to")}
-                dtype = next(model.parameters()).dtype
-                inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-                measure_latency(model, inputs, repeats, self.max_new_tokens).save(path)
-            return path.read_text(encoding="utf-8")
-
-        found = LatencyTable.from_json(on_rank_zero(self.trainer, table), str(path))
+        if not path.exists():
+            model = in_precision(self.model, precision)
+            inputs = {k: v.to(device) for k, v in one.items() if hasattr(v, "to")}
+            dtype = next(model.parameters()).dtype
+            inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+            measure_latency(model, inputs, repeats, self.max_new_tokens).save(path)
+        found = LatencyTable.from_json(path.read_text(encoding="utf-8"), str(path))
         if found.device != setting[0]:
             raise ValueError(
                 f"{path} was measured on {found.device!r}, this is {setting[0]!r}; delete it, or move it away"
@@ -122,7 +120,8 @@ class Calibration:
         trace: Trace,
         latency: LatencyTable,
         certifies: Certifies,
-        lower: Mapping[str, LatencyTable] | None = None,
+        lower: Mapping[str, LatencyTable],
+        ask: Ask,
     ) -> Proposal:
         """Search policies by simulation, and decode what is found on the data that it was found on.
 
@@ -138,31 +137,33 @@ class Calibration:
             proposal = within_budget(proposal, budget)
         elif not worth_decoding(asked.promises, asked.confidence_level, *size):
             return proposal
-        for precision, measured in (lower or {}).items():
+        for precision, measured in lower.items():
             proposal = with_precision(proposal, trace, measured, precision)
         rank_zero_info(f"Searched {proposal.searched:,} policies; decoding the {len(proposal.worth_decoding)} best.")
-        decoder = self._decoder("propose", proposal.groups)
-        decoder(ExitPolicy.full_depth())
-        rehearsed = rehearse(proposal, trace, decoder)
+        ask(("propose", groups, ExitPolicy.full_depth()))
+        rehearsed = rehearse(proposal, trace, lambda policy: ask(("propose", groups, policy)))
         return rehearsed if budget is None else best_within(rehearsed, budget)
 
-    def certify(self, proposal: Proposal, certifies: Certifies) -> tuple[ExitPolicy, list[Tested]]:
+    def certify(self, proposal: Proposal, certifies: Certifies, ask: Ask) -> tuple[ExitPolicy, list[Tested]]:
         """Test the chain on the certify split; within a budget, find out how much its one link keeps."""
         groups, asked = proposal.groups, self.asked
         certifies = {name: found for name, found in certifies.items() if groups is None or found[1] in groups}
         risk, spent = self._enter(proposal, list(certifies))
         notes = [self.note, spent, "" if self.journal.key["data"] else SELECTION_REUSED]
         note = " ".join(note.strip() for note in notes if note)
-        self.decoder = self._decoder("certify", groups)
+
+        def decode(policy: ExitPolicy) -> Decoded:
+            return ask(("certify", groups, policy))
+
         provenance = Provenance(fingerprint(self.model), self.journal.key["data"], self._decode_settings(), note)
         how: dict[str, Any] = {"confidence_level": asked.confidence_level, "seed": asked.seed}
         how |= {"provenance": provenance, "on_tested": _announce}
         if asked.budget_ms(proposal.full_depth.ms) is not None:
-            policy, tests = certify_budget(proposal, self.decoder, **how)
+            policy, tests = certify_budget(proposal, decode, **how)
         else:
             policy, tests = certify(
                 proposal.chain,
-                self.decoder,
+                decode,
                 promises=asked.promises,
                 clusters=[cluster for cluster, _ in certifies.values()],
                 full_scores=proposal.full_depth.score,
@@ -197,15 +198,11 @@ class Calibration:
         question = repr([proposal.chain_hash, asked.promises, asked.confidence_level, asked.seed])
         digest = hashlib.sha256(question.encode()).hexdigest()[:16]
         entry = Entry(split_hash(sample_ids), fingerprint(self.model), digest, 1 - asked.confidence_level)
-
-        def enter() -> tuple[float, str]:
-            earlier, others = self._ledger.enter(entry, asked.reuse), self._ledger.other_weights(entry)
-            notes = [f"These samples certified {others} other model(s) before."] if others else []
-            if earlier:
-                notes.append(f"{len(earlier)} other chain(s) were tested on them: the confidence is over all of them.")
-            return sum((e.risk for e in earlier), entry.risk), " ".join(notes)
-
-        return on_rank_zero(self.trainer, enter)
+        earlier, others = self._ledger.enter(entry, asked.reuse), self._ledger.other_weights(entry)
+        notes = [f"These samples certified {others} other model(s) before."] if others else []
+        if earlier:
+            notes.append(f"{len(earlier)} other chain(s) were tested on them: the confidence is over all of them.")
+        return sum((e.risk for e in earlier), entry.risk), " ".join(notes)
 
     def _decode_settings(self) -> dict[str, Any]:
         closed = list(getattr(getattr(self.trainer, "datamodule", None), "closed_answers", None) or [])
@@ -216,28 +213,13 @@ class Calibration:
         how = {"answers": closed, "precision": precision, "batching": "per row"}
         return {**view(self.model).decode_settings(self.max_new_tokens).plain, **how, **corpus}
 
-    def _decoder(self, split: str, groups: Sequence[str] | None) -> SplitDecoder:
-        more = (self.scoring, self.max_new_tokens, self.journal, self.keys, split, groups)
-        return SplitDecoder(self.trainer, self.model, *more)
-
-
-def on_rank_zero(trainer: L.Trainer, make: Callable[[], Made]) -> Made:
-    """Return what rank 0 makes, on every rank.
-
-    Raises:
-        ValueError: making it did, on every rank.
-    """
-    found: tuple[Any, str] = (None, "")
-    if trainer.is_global_zero:
-        try:
-            found = (make(), "")
-        except ValueError as error:
-            found = (None, str(error))
-    made, error_text = trainer.strategy.broadcast(found)
-    if error_text:
-        raise ValueError(error_text)
-    result: Made = made
-    return result
+    def decode(self, asked: tuple[str, Sequence[str] | None, ExitPolicy]) -> Decoded:
+        """Decode a policy on a split and its groups, on all ranks; full depth first."""
+        split, groups, policy = asked
+        if split not in self.decoders:
+            more = (self.scoring, self.max_new_tokens, self.journal, self.keys, split, groups)
+            self.decoders[split] = SplitDecoder(self.trainer, self.model, *more)
+        return self.decoders[split](policy)
 
 
 def _announce(tested: Tested) -> None:

@@ -13,13 +13,13 @@ from lightning_mue.callbacks.batches import (
     Batch,
     answer_constraint,
     content,
-    gather,
     in_split,
     on_device,
     rows_of,
 )
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.callbacks.multi_exit_supervision import find_model
+from lightning_mue.callbacks.ranks import gather
 from lightning_mue.callbacks.scoring import Scoring
 from lightning_mue.exits import attached
 from lightning_mue.inference.record import record

@@ -19,13 +19,13 @@ from lightning_mue.callbacks.batches import (
     Batch,
     answer_constraint,
     content,
-    gather,
     in_split,
     on_device,
     prepared,
     rows_of,
 )
 from lightning_mue.callbacks.journal import Journal
+from lightning_mue.callbacks.ranks import gather
 from lightning_mue.callbacks.scoring import Scoring
 from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import ExitPolicy

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lightning_mue.backbones import num_layers, view
 from lightning_mue.callbacks.batch_keys import BatchKeys, Inputs
-from lightning_mue.callbacks.batches import answer_constraint, gather
+from lightning_mue.callbacks.batches import answer_constraint
 from lightning_mue.callbacks.calibrate_exits import CalibrateExits
 from lightning_mue.callbacks.multi_exit_supervision import find_model
+from lightning_mue.callbacks.ranks import gather
 from lightning_mue.exits import attached
 from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import ExitPolicy

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_mue.callbacks.batches import gather
+from lightning_mue.callbacks.ranks import gather
 from lightning_mue.files import write_text
 
 

@@ -96,7 +96,7 @@ def test_several_loaders(module, make_loader, make_trainer):
     callback = calibrate(keep=0.05)
     loaders = [make_loader(36), make_loader(24, 1, "t")]
     make_trainer(callback).validate(module, loaders, verbose=False)
-    names = {*callback._run.decoder(ExitPolicy.full_depth()).sample_ids, *callback.trace.sample_ids}
+    names = {*callback._run.decoders["certify"](ExitPolicy.full_depth()).sample_ids, *callback.trace.sample_ids}
     assert len(names) == 60
 
 
@@ -150,7 +150,7 @@ def test_several_promises_by_group(make_trainer, tmp_path):
     }
     assert "Groups too small to certify run at full depth: rare." in policy.certificate.note
     certified = {s for s, (_, group) in callback._certifies.items() if group != "rare"}
-    assert set(callback._run.decoder(ExitPolicy.full_depth()).sample_ids) == certified
+    assert set(callback._run.decoders["certify"](ExitPolicy.full_depth()).sample_ids) == certified
     if policy.rules:
         with pytest.raises(ValueError, match=r"leaves early for the groups \['often0', 'often1'\] alone"):
             ExitEngine(Plain().model, policy, check_fingerprint=False).generate(2, **zoo.inputs("florence2", 2))

@@ -1,4 +1,4 @@
-"""The same data and latency table give the same policy, byte for byte, on one process and on two."""
+"""The same data and latency table give the same policy, byte for byte, on one process and on two as typed."""
 
 import os
 import subprocess
@@ -23,7 +23,6 @@ def test_two_processes_give_the_policy_of_one(tmp_path, calibrated_once):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "MEMBER: 2/2" in done.stderr
-    assert len(list((folder / "calibration").glob("latency-*"))) == 1  # its name knows no world size
     names = {p.name for p in (folder / "calibration").iterdir()}
-    assert names == {p.name for p in (calibrated_once / "calibration").iterdir()}
+    assert names == {p.name for p in (calibrated_once / "calibration").iterdir()}  # no name knows the world size
     assert (folder / "policy.json").read_bytes() == expected
