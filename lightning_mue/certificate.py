@@ -178,4 +178,5 @@ def _tested(found: Evidence) -> str:
         text += f", {found.score:.4f} where full depth has {found.score_full_depth:.4f}"
     if found.kept is not None:
         text += f", {found.kept:.2%} kept"
-    return f"{text}, p = {found.p_value:.2g} ({found.method})" if found.p_value is not None else text
+    tested = found.p_value is not None and found.interval is None
+    return f"{text}, p = {found.p_value:.2g} ({found.method})" if tested else text

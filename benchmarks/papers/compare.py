@@ -78,8 +78,8 @@ def _entries(task: Task, path: str | None) -> dict[str, Entry]:
         if name in methods and not policy.rules:
             entries[name].note = f"no setting kept {task.keep:.0%} on the tuning data"
     if certificate := found[ours].certificate:
-        (found,) = certificate.evidence
-        kept = f"{found.kept:.1%} kept" if certificate.kind == "estimate" else found.subject
+        (evidence,) = certificate.evidence
+        kept = f"{evidence.kept:.1%} kept" if certificate.kind == "estimate" else evidence.subject
         entries[ours].note = f"{certificate.kind}: {kept}"
     return entries | _lower_bounds(task, found[ours], entries[ours].answers)
 
