@@ -14,6 +14,7 @@ from lightning_mue.backbones import num_layers
 from lightning_mue.callbacks.batches import Batch, single
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.compare import Variant
+from lightning_mue.inference.rows import groups_of
 from lightning_mue.metrics.answers import Score
 from lightning_mue.policy import ExitPolicy
 
@@ -99,7 +100,10 @@ def answer(
     found, texts, scores, clusters = [], list[str](), list[float](), list[str]()
     for k, batch in enumerate(batches):
         with torch.inference_mode():
-            output, _ = engine.run(None, prefix, False, batch, forced=None if forced is None else forced[k])
+            if forced is not None:
+                output, _ = engine.run(None, prefix, False, batch, forced=forced[k])
+            else:
+                output = engine.generate(None, prefix, groups=groups_of(policy, batch), **batch)
         said = data.processor.decode(output.sequences[:, 1:])
         found.append(output)
         texts += said

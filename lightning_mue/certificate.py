@@ -25,11 +25,12 @@ class Evidence:
         clusters: independent units among them.
         p_value: of "the mean loss exceeds the tolerance".
         mean_loss: over clusters.
-        score: mean over clusters; None for ``consistency``.
+        score: mean over clusters, of what a cap lets count; None for ``consistency``.
         score_full_depth: of full depth on the same samples.
         kept: the part of full depth's score kept, or of outputs unchanged.
-        interval: of ``kept`` at the confidence level, from bootstrapped clusters; for estimates.
+        interval: of ``kept`` at the confidence level, from bootstrapped clusters; for estimates of enough clusters.
         method: of the test.
+        estimated: whether ``kept`` decided, and not the test.
     """
 
     promise: Promise
@@ -43,6 +44,7 @@ class Evidence:
     kept: float | None = None
     interval: tuple[float, float] | None = None
     method: str = ""
+    estimated: bool = False
 
     @property
     def subject(self) -> str:
@@ -151,7 +153,7 @@ def _estimate(certificate: Certificate) -> str:
         for found in certificate.evidence
         if found.kept is not None
     )
-    return f"An estimate, no promise: {each}."
+    return f"An estimate on the samples that chose this policy, no promise: {each or 'full depth scores nothing'}."
 
 
 def _between(found: Evidence, level: float) -> str:
@@ -178,5 +180,5 @@ def _tested(found: Evidence) -> str:
         text += f", {found.score:.4f} where full depth has {found.score_full_depth:.4f}"
     if found.kept is not None:
         text += f", {found.kept:.2%} kept"
-    tested = found.p_value is not None and found.interval is None
+    tested = found.p_value is not None and not found.estimated
     return f"{text}, p = {found.p_value:.2g} ({found.method})" if tested else text

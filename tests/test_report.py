@@ -87,7 +87,7 @@ def calibrated(latency):  # noqa: F811
         confidence_level=0.95,
         seed=0,
         clusters=fresh.clusters,
-        full_scores={"accuracy": 0.7},
+        full_scores={"": {"accuracy": 0.7}},
     )
     return proposal, tests, policy, simulate(fresh, policy, latency)
 

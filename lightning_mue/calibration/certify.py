@@ -27,6 +27,9 @@ from lightning_mue.certificate import Certificate, Evidence
 from lightning_mue.policy import ExitPolicy, chain_hash
 from lightning_mue.promise import Promise
 
+FullScores = Mapping[str, Mapping[str, float]]
+"""Group ("" for all) -> metric -> mean score."""
+
 Decode = Callable[[ExitPolicy], Decoded]
 """Runs a policy on the certify split with the engine that ships; full depth comes first."""
 
@@ -70,7 +73,7 @@ def certify(
     confidence_level: float,
     seed: int,
     clusters: Sequence[str],
-    full_scores: Mapping[str, float],
+    full_scores: FullScores,
     groups: Sequence[str] | None = None,
     group_of: Sequence[str] = (),
     estimate: bool = True,
@@ -90,7 +93,7 @@ def certify(
         confidence_level: of all promises together, in (0, 1).
         seed: of the one permutation of the clusters; never the best of several.
         clusters: cluster name of every sample of the certify split.
-        full_scores: metric -> mean full-depth score, known from the propose split.
+        full_scores: mean full-depth scores over clusters, of what a cap lets count; known from the propose split.
         groups: keep the promises in each of these groups of samples; None: over all samples.
         group_of: the group of every sample of the certify split.
         estimate: whether too few samples are decoded for an estimate, or not at all.
@@ -130,7 +133,7 @@ def worth_decoding(
     promises: Sequence[Promise],
     confidence_level: float,
     clusters: Sequence[str],
-    full_scores: Mapping[str, float],
+    full_scores: FullScores,
     groups: Sequence[str] | None = None,
     group_of: Sequence[str] = (),
     estimate: bool = True,
@@ -151,7 +154,7 @@ def uncertified(
 def groups_large_enough(
     promises: Sequence[Promise],
     confidence_level: float,
-    full_scores: Mapping[str, Mapping[str, float]],
+    full_scores: FullScores,
     clusters: Sequence[str],
     group_of: Sequence[str],
 ) -> tuple[str, ...]:
@@ -169,9 +172,8 @@ def groups_large_enough(
     distinct = Counter(group for _, group in set(zip(clusters, group_of, strict=True)))
 
     def enough(group: str) -> bool:
-        scores, n = full_scores[group], distinct[group]
-        found = (Evidence(promise, group, counted[group], n) for promise in promises)
-        return not any(_shortage(e, confidence_level, scores) for e in found)
+        found = (Evidence(promise, group, counted[group], distinct[group]) for promise in promises)
+        return not any(_shortage(e, confidence_level, full_scores) for e in found)
 
     return tuple(group for group in sorted(distinct) if group in full_scores and enough(group))
 
@@ -181,9 +183,9 @@ def split_hash(sample_ids: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(sorted(set(sample_ids))).encode()).hexdigest()[:16]
 
 
-def _score(evidence: Evidence, full_scores: Mapping[str, float]) -> float:
-    """Return full depth's mean score, of what counts of it; consistency reads none."""
-    return min(full_scores.get(evidence.promise.metric, 1.0), evidence.promise.highest)
+def _score(evidence: Evidence, full_scores: FullScores) -> float:
+    """Return full depth's mean score; consistency reads none."""
+    return full_scores[evidence.group].get(evidence.promise.metric, 1.0)
 
 
 def _sizes(
@@ -196,19 +198,18 @@ def _sizes(
     ]
 
 
-def _too_few(
-    sizes: Sequence[Evidence], confidence_level: float, full_scores: Mapping[str, float]
-) -> tuple[str | None, bool]:
+def _too_few(sizes: Sequence[Evidence], confidence_level: float, full_scores: FullScores) -> tuple[str | None, bool]:
     """Return why there are too few samples, None if there are enough; and whether no number of them would do."""
     few = next((text for e in sizes if (text := _shortage(e, confidence_level, full_scores))), None)
     hopeless = any(not e.promise.loss_of_full_depth(_score(e, full_scores)) < e.promise.tolerance for e in sizes)
     return few, hopeless
 
 
-def _shortage(evidence: Evidence, confidence_level: float, full_scores: Mapping[str, float]) -> str | None:
+def _shortage(evidence: Evidence, confidence_level: float, full_scores: FullScores) -> str | None:
     """Return why there are too few samples for one promise of one group; None if there are enough."""
     n, clusters = evidence.n, evidence.clusters
-    return shortage(evidence.promise, confidence_level, _score(evidence, full_scores), clusters, clusters < n)
+    found = shortage(evidence.promise, confidence_level, _score(evidence, full_scores), clusters, clusters < n)
+    return f"Group {evidence.group!r}: {found}" if found and evidence.group else found
 
 
 def _test_in_order(

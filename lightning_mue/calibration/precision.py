@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from lightning_mue.calibration.candidates import Candidate
-from lightning_mue.calibration.propose import Proposal, timed_samples
+from lightning_mue.calibration.propose import Proposal, of_groups, timed_samples
 from lightning_mue.calibration.rows import StreamRows
 from lightning_mue.calibration.simulate import stream_cost
 from lightning_mue.latency import LatencyTable
@@ -25,7 +26,7 @@ def with_precision(proposal: Proposal, trace: Trace, latency: LatencyTable, prec
         latency: measured in that precision.
         precision: as in ``ExitPolicy``.
     """
-    timed = timed_samples(trace)
+    timed = timed_samples(of_groups(Trace.merge([trace]), proposal.groups))
     rows = {name: StreamRows.of(timed, name) for name in sorted(timed.streams)}
 
     def lowered(candidate: Candidate) -> Candidate:
@@ -33,6 +34,10 @@ def with_precision(proposal: Proposal, trace: Trace, latency: LatencyTable, prec
         ms = sum(float(np.mean(stream_cost(r, rules.get(name), latency)[0])) for name, r in rows.items())
         return replace(candidate, policy=replace(candidate.policy, precision=precision), ms=ms)
 
-    twins = [lowered(candidate) for candidate in (proposal.full_depth, *proposal.worth_decoding)]
-    faster = [twin for twin in twins if twin.ms < proposal.full_depth.ms]
-    return replace(proposal, worth_decoding=[*proposal.worth_decoding, *faster])
+    def faster(candidates: Sequence[Candidate]) -> list[Candidate]:
+        return [twin for twin in map(lowered, candidates) if twin.ms < proposal.full_depth.ms]
+
+    full = faster([proposal.full_depth])
+    frontier = [*proposal.frontier, *full, *faster(proposal.frontier)]
+    worth_decoding = [*proposal.worth_decoding, *full, *faster(proposal.worth_decoding)]
+    return replace(proposal, frontier=frontier, worth_decoding=worth_decoding)

@@ -108,7 +108,7 @@ def propose(
     Raises:
         ValueError: a trace without the scores of a promise, or costs that were not measured.
     """
-    trace = _of_groups(Trace.merge([trace]), groups)  # in order of sample id, without repeats
+    trace = of_groups(Trace.merge([trace]), groups)  # in order of sample id, without repeats
     if missing := {promise.metric for promise in promises} - {*trace.full_score, "consistency"}:
         raise ValueError(
             f"The trace holds scores of {sorted(trace.full_score)}, the promise is about {min(missing)!r}; collect it "
@@ -135,7 +135,8 @@ def timed_samples(trace: Trace) -> Trace:
     return trace.select(np.unique(np.linspace(0, len(trace) - 1, min(len(trace), TIMED)).round().astype(np.int64)))
 
 
-def _of_groups(trace: Trace, groups: Sequence[str] | None) -> Trace:
+def of_groups(trace: Trace, groups: Sequence[str] | None) -> Trace:
+    """Return the samples of these groups; all if None."""
     return trace if groups is None else trace.select(np.isin(np.asarray(trace.groups, dtype=str), list(groups)))
 
 

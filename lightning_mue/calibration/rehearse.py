@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
-
 from lightning_mue.calibration.candidates import Candidate, Judge, chain_of, frontier_of
 from lightning_mue.calibration.decoded import Decoded
-from lightning_mue.calibration.propose import Proposal
+from lightning_mue.calibration.propose import Proposal, of_groups
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.trace import Trace
 
@@ -29,9 +27,7 @@ def rehearse(proposal: Proposal, trace: Trace, decode: Callable[[ExitPolicy], De
     Raises:
         ValueError: a policy was decoded on other samples than the trace's.
     """
-    trace = Trace.merge([trace])
-    if proposal.groups is not None:
-        trace = trace.select(np.isin(np.asarray(trace.groups, dtype=str), proposal.groups))
+    trace = of_groups(Trace.merge([trace]), proposal.groups)
     judge = Judge(trace, proposal.promises, proposal.groups)
 
     def measured(candidate: Candidate) -> Candidate:

@@ -30,7 +30,7 @@ def requirements_of(
 ) -> list[Requirement]:
     """Return every promise of every group; of all samples at once if ``groups`` is None.
 
-    A policy that keeps a promise in each group keeps it over all of them, in whatever shares they come.
+    Where clusters lie within one group, what is kept in each is kept over all, in whatever shares they come.
 
     Args:
         promises: at least one.

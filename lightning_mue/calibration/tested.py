@@ -17,6 +17,9 @@ from lightning_mue.promise import Promise
 RESAMPLES = 2000
 """Of the clusters, for an interval."""
 
+AT_LEAST = 30
+"""Clusters for an interval."""
+
 
 @dataclass(frozen=True)
 class Tested:
@@ -80,12 +83,15 @@ test_policy.__test__ = False  # type: ignore[attr-defined]  # not a test case, w
 
 def kept_interval(
     scores: np.ndarray, full_scores: np.ndarray, clusters: Sequence[str], confidence_level: float, seed: int
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Return the interval of ``mean(scores) / mean(full_scores)``: percentiles over clusters drawn again.
 
-    Approximate: right for many clusters, too narrow for few.
+    Approximate, and too narrow for few clusters: None for fewer than ``AT_LEAST``, or where all keep the same share,
+    which drawing again cannot tell apart from certainty.
     """
     ours, theirs = cluster_means(scores, clusters), cluster_means(full_scores, clusters)
+    if len(ours) < AT_LEAST or np.ptp(ours - theirs) == 0:
+        return None
     rng, tail = np.random.default_rng(seed), (1 - confidence_level) / 2
     drawn = (rng.integers(0, len(ours), len(ours)) for _ in range(RESAMPLES))
     low, high = np.quantile([ours[d].mean() / max(theirs[d].mean(), 1e-12) for d in drawn], [tail, 1 - tail])
@@ -101,7 +107,8 @@ def _test(
     if promise.metric == "consistency":
         scores, full_scores = same.astype(np.float64), np.ones(len(rows))
     else:
-        scores, full_scores = (np.asarray(decoded.scores[promise.metric])[rows] for decoded in (found, full))
+        capped = (np.minimum(decoded.scores[promise.metric], promise.highest) for decoded in (found, full))
+        scores, full_scores = (values[rows] for values in capped)
     result = p_value(promise, scores, full_scores, same, clusters, confidence_level, seed)
     unchanged = promise.losses(full_scores, full_scores, np.ones(len(rows), dtype=bool))
     start = float(cluster_means(unchanged, clusters).mean())
@@ -119,6 +126,7 @@ def _test(
         theirs if scored else None,
         kept=ours / theirs if theirs else None,
         interval=kept_interval(scores, full_scores, clusters, confidence_level, seed) if estimated else None,
+        estimated=estimated,
         method=result.method,
     )
     return result, used, evidence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,8 @@ class CalibrateExits(L.Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._seen >= self.fit_samples:
             return
-        run.note = "" if self.keys.names_clusters(batch) else INDEPENDENT
+        if not self.keys.names_clusters(batch):
+            run.note = INDEPENDENT
         batch = self.keys.read(batch, view(run.model).generate_inputs)
         self._seen += len(batch["sample_id"])
         certifies = in_split(trainer, batch, "certify")
@@ -235,7 +237,7 @@ class CalibrateExits(L.Callback):
             return latency, propose(self.trace, latency, run.asked.promises), self.policy, []
         lower = {p: run.measure(one, self.latency_repeats, p) for p in self.lower_precision}
         proposal = run.propose(self.trace, latency, certifies, lower, ask)
-        return latency, proposal, *run.certify(proposal, certifies, ask)
+        return latency, proposal, *run.certify(proposal, self.trace, certifies, ask)
 
     @property
     def state_key(self) -> str:
@@ -264,7 +266,8 @@ class CalibrateExits(L.Callback):
         """Log what was tested of the policy chosen, to whatever logger there is."""
         assert self.proposal is not None
         assert self.policy is not None
-        chosen = next((test for test in self.tests if test.candidate.policy.rules == self.policy.rules), None)
+        plain = replace(self.policy, certificate=None)
+        chosen = next((test for test in self.tests if test.candidate.policy == plain), None)
         if chosen is None:
             return
         name = "exits" if self.out is None else f"exits/{Path(self.out).stem}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,12 +21,13 @@ from lightning_mue.calibration import (
     groups_large_enough,
     propose,
     rehearse,
-    split_hash,
     worth_decoding,
 )
 from lightning_mue.calibration.budget import best_within, certify_budget, within_budget
 from lightning_mue.calibration.decoded import Decoded
+from lightning_mue.calibration.losses import cluster_means
 from lightning_mue.calibration.precision import with_precision
+from lightning_mue.calibration.requirements import requirements_of
 from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import Batch
 from lightning_mue.callbacks.decoding import SplitDecoder
@@ -129,32 +129,37 @@ class Calibration:
         """
         asked, groups = self.asked, self._groups(trace, certifies)
         proposal = propose(trace, latency, asked.promises, groups)
+        own = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        for precision, measured in lower.items():
+            if precision != own:
+                proposal = with_precision(proposal, trace, measured, precision)
         chosen = [found for found in certifies.values() if groups is None or found[1] in groups]
         clusters, group_of = [cluster for cluster, _ in chosen], [group for _, group in chosen]
-        size = (clusters, proposal.full_depth.score, groups, group_of, asked.estimate)
+        size = (clusters, self._full_scores(trace, groups), groups, group_of, asked.estimate)
         budget = asked.budget_ms(proposal.full_depth.ms)
         if budget is not None:
             proposal = within_budget(proposal, budget)
         elif not worth_decoding(asked.promises, asked.confidence_level, *size):
             return proposal
-        for precision, measured in lower.items():
-            proposal = with_precision(proposal, trace, measured, precision)
         rank_zero_info(f"Searched {proposal.searched:,} policies; decoding the {len(proposal.worth_decoding)} best.")
         ask(("propose", groups, ExitPolicy.full_depth()))
         rehearsed = rehearse(proposal, trace, lambda policy: ask(("propose", groups, policy)))
         return rehearsed if budget is None else best_within(rehearsed, budget)
 
-    def certify(self, proposal: Proposal, certifies: Certifies, ask: Ask) -> tuple[ExitPolicy, list[Tested]]:
+    def certify(
+        self, proposal: Proposal, trace: Trace, certifies: Certifies, ask: Ask
+    ) -> tuple[ExitPolicy, list[Tested]]:
         """Test the chain on the certify split; within a budget, find out how much its one link keeps."""
         groups, asked = proposal.groups, self.asked
         certifies = {name: found for name, found in certifies.items() if groups is None or found[1] in groups}
-        risk, spent = self._enter(proposal, list(certifies))
-        notes = [self.note, spent, "" if self.journal.key["data"] else SELECTION_REUSED]
-        note = " ".join(note.strip() for note in notes if note)
+        entered: list[tuple[float, str]] = []
 
         def decode(policy: ExitPolicy) -> Decoded:
+            if not entered:  # nothing is tested, and nothing spent, before something is decoded
+                entered.append(self._enter(proposal, [cluster for cluster, _ in certifies.values()]))
             return ask(("certify", groups, policy))
 
+        note = f"{self.note} {'' if self.journal.key['data'] else SELECTION_REUSED}".strip()
         provenance = Provenance(fingerprint(self.model), self.journal.key["data"], self._decode_settings(), note)
         how: dict[str, Any] = {"confidence_level": asked.confidence_level, "seed": asked.seed}
         how |= {"provenance": provenance, "on_tested": _announce}
@@ -166,21 +171,24 @@ class Calibration:
                 decode,
                 promises=asked.promises,
                 clusters=[cluster for cluster, _ in certifies.values()],
-                full_scores=proposal.full_depth.score,
+                full_scores=self._full_scores(trace, groups),
                 groups=groups,
                 group_of=[group for _, group in certifies.values()],
                 estimate=asked.estimate,
                 **how,
             )
         assert policy.certificate is not None
-        return replace(policy, certificate=replace(policy.certificate, confidence_level=round(1 - risk, 9))), tests
+        for risk, spent in entered:
+            note = f"{policy.certificate.note} {spent}".strip()
+            certificate = replace(policy.certificate, confidence_level=round(1 - risk, 9), note=note)
+            policy = replace(policy, certificate=certificate)
+        return policy, tests
 
     def _groups(self, trace: Trace, certifies: Certifies) -> tuple[str, ...] | None:
         """Return the groups that can be promised for; None if samples are not grouped."""
         if self.keys.group is None:
             return None
-        of = np.asarray(trace.groups, dtype=str)
-        means = {str(g): {m: float(s[of == g].mean()) for m, s in trace.full_score.items()} for g in np.unique(of)}
+        means = self._full_scores(trace, sorted(set(trace.groups)))
         clusters, group_of = zip(*certifies.values(), strict=True)
         found = groups_large_enough(self.asked.promises, self.asked.confidence_level, means, clusters, group_of)
         small = sorted({*group_of} - {*found})
@@ -192,14 +200,25 @@ class Calibration:
         self.note += f" Groups too small to certify run at full depth: {', '.join(small)}." if small else ""
         return found
 
-    def _enter(self, proposal: Proposal, sample_ids: Sequence[str]) -> tuple[float, str]:
+    def _full_scores(self, trace: Trace, groups: Sequence[str] | None) -> dict[str, dict[str, float]]:
+        """Return group -> metric -> full depth's mean score over clusters, of what counts of it."""
+        promises = [promise for promise in self.asked.promises if promise.metric in trace.full_score]
+        caps = {p.metric: min(q.highest for q in promises if q.metric == p.metric) for p in promises}
+
+        def means(rows: np.ndarray) -> dict[str, float]:
+            clusters = [trace.clusters[i] for i in rows]
+            capped = {metric: np.minimum(trace.full_score[metric][rows], cap) for metric, cap in caps.items()}
+            return {metric: float(cluster_means(scores, clusters).mean()) for metric, scores in capped.items()}
+
+        return {r.group: means(r.rows) for r in requirements_of(self.asked.promises[:1], groups, trace.groups)}
+
+    def _enter(self, proposal: Proposal, clusters: Sequence[str]) -> tuple[float, str]:
         """Write the tests to come into the ledger; return the risk of error over all, and what to note of it."""
         asked = self.asked
-        question = repr([proposal.chain_hash, asked.promises, asked.confidence_level, asked.seed])
-        digest = hashlib.sha256(question.encode()).hexdigest()[:16]
-        entry = Entry(split_hash(sample_ids), fingerprint(self.model), digest, 1 - asked.confidence_level)
+        question = repr([proposal.chain_hash, proposal.groups, asked, sorted(self._decode_settings().items())])
+        entry = Entry.of(clusters, fingerprint(self.model), question, 1 - asked.confidence_level)
         earlier, others = self._ledger.enter(entry, asked.reuse), self._ledger.other_weights(entry)
-        notes = [f"These samples certified {others} other model(s) before."] if others else []
+        notes = [f"Some of these samples certified {others} other model(s) before."] if others else []
         if earlier:
             notes.append(f"{len(earlier)} other chain(s) were tested on them: the confidence is over all of them.")
         return sum((e.risk for e in earlier), entry.risk), " ".join(notes)
@@ -224,7 +243,7 @@ class Calibration:
 
 def _announce(tested: Tested) -> None:
     words = f"{tested.candidate.policy.depths_in_words()} ({tested.candidate.ms:.2f} ms predicted)"
-    if tested.evidence[0].interval is None:
+    if not tested.evidence[0].estimated:
         found = f"p = {tested.result.p:.3g} {'passes' if tested.accepted else 'fails'}"
     else:
         found = f"{tested.used:.0%} of the allowed loss is used"

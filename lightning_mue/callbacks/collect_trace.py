@@ -82,6 +82,7 @@ class CollectTrace(L.Callback):
         model: attribute of the LightningModule that holds the backbone; if not given, that of MultiExitSupervision in
             the same trainer, else ``model``.
         folder: of the journal; ``<default_root_dir>/calibration`` if not given.
+        frequencies: of ``cider``, as in CalibrateExits.
         inputs: where batches hold the backbone's inputs, as in CalibrateExits.
         references: key of the accepted answers, as in CalibrateExits.
         sample_id: key of the samples' names, as in CalibrateExits.
@@ -96,6 +97,7 @@ class CollectTrace(L.Callback):
         max_new_tokens: int | None = None,
         model: str | None = None,
         folder: str | None = None,
+        frequencies: str | None = None,
         inputs: Inputs = None,
         references: Key | None = None,
         sample_id: Key | None = None,
@@ -103,6 +105,7 @@ class CollectTrace(L.Callback):
     ) -> None:
         self.out, self.metric, self.split = out, metric, split
         self.max_new_tokens, self.model, self.folder = max_new_tokens, model, folder
+        self.frequencies = frequencies
         self.keys = BatchKeys(inputs, references, sample_id, cluster)
         self.trace: Trace | None = None
         self._journal: Journal | None = None
@@ -112,7 +115,7 @@ class CollectTrace(L.Callback):
         """Open the journal."""
         if not trainer.sanity_checking:
             model = find_model(trainer, pl_module, self.model)
-            self._scoring = Scoring(trainer, [self.metric])
+            self._scoring = Scoring(trainer, [self.metric], self.frequencies)
             self._journal = open_journal(trainer, model, self._scoring, self.max_new_tokens, self.folder)
             self._paths = []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,16 +19,24 @@ class Entry:
     """One sequence of tests.
 
     Args:
-        samples: hash of the samples that certify.
+        clusters: short hashes of what was drawn independently and certifies.
         fingerprint: of the weights.
-        question: hash of all else that decides the result: the chain, the promises, level and seed.
+        question: hash of all else that decides the result: the chain, the promises, how it is decoded, level and seed.
         risk: the chance of error it was given, ``1 - confidence_level``.
+        after: questions of the same weights and some of the same clusters that were answered before.
     """
 
-    samples: str
+    clusters: tuple[str, ...]
     fingerprint: str
     question: str
     risk: float
+    after: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, clusters: Iterable[str], fingerprint: str, question: str, risk: float) -> Entry:
+        """Return the entry of clusters by name and a question in full."""
+        names = tuple(sorted({_digest(name) for name in clusters}))
+        return cls(names, fingerprint, _digest(question), risk)
 
 
 class Ledger:
@@ -43,38 +53,50 @@ class Ledger:
         self.path = path
         self._before = self._read()
 
-    def _read(self) -> list[Entry]:
-        if not self.path.exists():
-            return []
-        try:
-            return [Entry(**entry) for entry in json.loads(self.path.read_text(encoding="utf-8"))]
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"{self.path} must list the tests made on this data, and cannot be read ({error}); if you know that "
-                "the certify split was not used before, delete it"
-            ) from error
-
     def enter(self, entry: Entry, reuse: Reuse) -> list[Entry]:
-        """Write an entry down, before its first test; return the earlier ones of the same samples and weights.
+        """Write an entry down, before its first test; return the earlier ones that share clusters and weights.
 
         Asking the same question again is no new test: it gives the same answer.
 
         Raises:
-            ValueError: there are earlier ones, and reuse is refused.
+            ValueError: there are earlier ones, and reuse is refused, or no confidence is left.
         """
-        mine = [e for e in self._before if (e.samples, e.fingerprint) == (entry.samples, entry.fingerprint)]
-        earlier = mine[: mine.index(entry)] if entry in mine else mine
-        if earlier and entry not in mine and reuse == "refuse":
+        mine = [e for e in self._before if e.fingerprint == entry.fingerprint and set(e.clusters) & set(entry.clusters)]
+        again = next((e for e in mine if (e.question, e.clusters) == (entry.question, entry.clusters)), None)
+        earlier = [e for e in mine if again is None or e.question in again.after]
+        if earlier and again is None and reuse == "refuse":
             raise ValueError(
-                f"These samples have tested {len(earlier)} other chain(s) of policies of these weights before "
+                f"Some of these samples have tested {len(earlier)} other chain(s) of policies of these weights before "
                 f"({self.path}). A test chosen after seeing the result of another is not covered by its confidence "
                 "level. Calibrate on samples not yet used, or set `reuse: spend`: the certificate then names the "
                 "confidence that is left over all tests."
             )
-        if entry not in (entries := self._read()):
-            write_text(self.path, json.dumps([asdict(e) for e in [*entries, entry]], indent=1) + "\n")
+        if sum((e.risk for e in earlier), entry.risk) >= 1:
+            raise ValueError(
+                f"{len(earlier)} tests on these samples have spent all confidence ({self.path}); use new samples"
+            )
+        if again is None:
+            written = {**asdict(entry), "after": [e.question for e in earlier]}
+            write_text(self.path, json.dumps([*map(asdict, self._read()), written], indent=1) + "\n")
         return earlier
 
     def other_weights(self, entry: Entry) -> int:
-        """Return how many other models these samples were used for."""
-        return len({e.fingerprint for e in self._before if e.samples == entry.samples} - {entry.fingerprint})
+        """Return how many other models some of these samples were used for."""
+        used = {e.fingerprint for e in self._before if set(e.clusters) & set(entry.clusters)}
+        return len(used - {entry.fingerprint})
+
+    def _read(self) -> list[Entry]:
+        if not self.path.exists():
+            return []
+        try:
+            entries = json.loads(self.path.read_text(encoding="utf-8"))
+            return [Entry(**e | {k: tuple(e[k]) for k in ("clusters", "after")}) for e in entries]
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{self.path} must list the tests made on this data, and cannot be read ({error!r}); if you know that "
+                "the certify split was not used before, delete it"
+            ) from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

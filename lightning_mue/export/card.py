@@ -23,7 +23,7 @@ def model_card(policy: ExitPolicy, name: str, table: str | None, has_processor: 
         f"{_promise(policy.certificate)}\n",
         f"## Policy\n\n{_rules(policy)}\n",
         f"## Comparison\n\n{table.strip()}\n" if table else "",
-        f"## Use\n\n```python\n{_usage(name, has_processor)}\n```\n",
+        f"## Use\n\n```python\n{_usage(name, has_processor, policy.groups)}\n```\n",
         "It loads without Lightning: safetensors and JSON, never pickle. "
         "Files that are damaged or of another bundle are refused by name.\n",
         f"## What it rests on\n\n{_provenance(policy)}\n",
@@ -49,16 +49,17 @@ def _rules(policy: ExitPolicy) -> str:
     return "\n".join(lines)
 
 
-def _usage(name: str, has_processor: bool) -> str:
+def _usage(name: str, has_processor: bool, groups: tuple[str, ...] | None) -> str:
+    group = f", groups=[{groups[0]!r}]" if groups else ""
     if has_processor:
         return (
             "import lightning_mue as mue\nfrom PIL import Image\n\n"
             f'engine = mue.load("{name}")\n'
-            'print(engine.answer([Image.open("picture.jpg")], ["your prompt"]))'
+            f'print(engine.answer([Image.open("picture.jpg")], ["your prompt"]{group}))'
         )
     return (
         f'import lightning_mue as mue\n\nengine = mue.load("{name}")\n'
-        "out = engine.generate(**inputs)  # the backbone's own tensors\nprint(out.sequences, out.exit_depths)"
+        f"out = engine.generate(**inputs{group})  # the backbone's own tensors\nprint(out.sequences, out.exit_depths)"
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_mue.backbones import view
 from lightning_mue.inference.engine import ExitEngine
-from lightning_mue.inference.rows import PrefixFn
+from lightning_mue.inference.rows import PrefixFn, groups_of
 
 Variant = Callable[[dict[str, Any]], Tensor]
 """Answers one sample: its inputs (batch 1) -> token ids."""
@@ -107,7 +107,9 @@ def transformers_variant(
 
 def engine_variant(engine: ExitEngine, max_new_tokens: int | None = None, prefix_fn: PrefixFn | None = None) -> Variant:
     """Return the engine's answers under its policy."""
-    return lambda inputs: engine.generate(max_new_tokens, prefix_fn, **inputs).sequences
+    return lambda inputs: (
+        engine.generate(max_new_tokens, prefix_fn, groups=groups_of(engine.policy, inputs), **inputs).sequences
+    )
 
 
 def _time(variant: Variant, sample: dict[str, Any], clock: Callable[[], float]) -> float:

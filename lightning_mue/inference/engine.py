@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +55,8 @@ class ExitEngine:
     def __init__(
         self, model: nn.Module, policy: ExitPolicy, check_fingerprint: bool = True, processor: Any = None
     ) -> None:
-        self.model = in_precision(model.eval(), policy.precision)
+        self.original = model.eval()
+        self.model = in_precision(model, policy.precision)
         self.processor = processor
         self.backbone: Backbone = view(self.model)
         self.exits: Exits | None = attached(self.model)
@@ -93,18 +93,18 @@ class ExitEngine:
         _check_inputs(inputs)
         names = self.backbone.generate_inputs
         rows = [i for i, group in enumerate(groups or ()) if group in self.policy.groups]
-        size = len(next(value for name, value in inputs.items() if name in names))
+        size = len(next(value for name, value in inputs.items() if name in names and value is not None))
         if groups is None or len(groups) != size:
             raise ValueError(
                 f"The policy leaves early for the groups {list(self.policy.groups)} alone: `groups` must name one for "
                 f"each of {size} rows, got {groups if groups is None else len(groups)}"
             )
-        full = ExitEngine(self.model, replace(self.policy, rules={}, groups=None), check_fingerprint=False)
+        full = ExitEngine(self.original, ExitPolicy(certificate=self.policy.certificate), check_fingerprint=False)
         parts = []
         for engine, mine in ((self, rows), (full, sorted({*range(size)} - {*rows}))):
             if mine:
                 allowed, given = constraint_of(prefix_allowed_tokens_fn, mine), rows_of(inputs, names, mine)
-                parts.append((mine, engine.run(max_new_tokens, allowed, timings, given)[0]))
+                parts.append((mine, engine._run(max_new_tokens, allowed, timings, given)[0]))
         return joined(parts, size, self.backbone.decode_settings(None).pad_id)
 
     def answer(
@@ -162,7 +162,23 @@ class ExitEngine:
         """``generate``, returning the executor too: a trace is made of its states and of what ``on_exit`` sees.
 
         ``forced`` replays known decoder depths (row -> depth of each token) and asks no signal.
+
+        Raises:
+            ValueError: the policy is of groups, whose rows `generate` answers apart.
         """
+        if self.policy.groups is not None:
+            raise ValueError(f"The policy leaves early for the groups {list(self.policy.groups)} alone: use `generate`")
+        return self._run(max_new_tokens, prefix_fn, timings, inputs, on_exit, forced)
+
+    def _run(
+        self,
+        max_new_tokens: int | None,
+        prefix_fn: PrefixFn | None,
+        timings: bool,
+        inputs: dict[str, Any],
+        on_exit: OnExit | None = None,
+        forced: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[ExitOutput, TorchExecutor]:
         _check_inputs(inputs)
         inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
         if self.policy.precision is not None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_mue.policy import ExitPolicy
+
 PrefixFn = Callable[[int, Tensor], list[int]]
 """transformers' ``prefix_allowed_tokens_fn``: row, tokens so far -> tokens that may come next."""
 
@@ -14,6 +16,13 @@ PrefixFn = Callable[[int, Tensor], list[int]]
 def rows_of(inputs: Mapping[str, Any], names: Sequence[str], rows: list[int]) -> dict[str, Any]:
     """Return these rows of the inputs that have these names."""
     return {name: inputs[name][rows] for name in names if inputs.get(name) is not None}
+
+
+def groups_of(policy: ExitPolicy, batch: Mapping[str, Any]) -> list[str] | None:
+    """Return the group of each row, under the key that the certificate names; None if the policy is of no groups."""
+    if policy.groups is None or policy.certificate is None:
+        return None
+    return [str(group) for group in batch[policy.certificate.decode["group_by"]]]
 
 
 def constraint_of(prefix_fn: PrefixFn | None, rows: list[int]) -> PrefixFn | None:

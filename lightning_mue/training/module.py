@@ -18,6 +18,7 @@ from torchmetrics.classification import BinaryAUROC
 from lightning_mue.backbones import backbone_config, build_backbone, view
 from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached
 from lightning_mue.inference import ExitEngine, ExitOutput
+from lightning_mue.inference.rows import groups_of
 from lightning_mue.metrics.answers import AnswerScore
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.signals import similarity
@@ -97,6 +98,7 @@ class MultiExitModule(L.LightningModule):
         let_learn(self.model, learns)
         self.backbone = view(self.model)
         self.policy = ExitPolicy.full_depth()
+        self._engine: ExitEngine | None = None
         self._score = AnswerScore("exact_match")
         signals = ("gate", "similarity") if config.gate else ("similarity",)
         self._auroc: Any = nn.ModuleDict({f"{s}_{k}": BinaryAUROC() for k in config.decoder for s in signals})
@@ -263,17 +265,13 @@ class MultiExitModule(L.LightningModule):
 
     def _generate(self, batch: Batch) -> ExitOutput:
         """Decode under the policy, closed answers only where the data module has them."""
-        engine = ExitEngine(self.model, self.policy, check_fingerprint=False)
+        if self._engine is None or self._engine.policy is not self.policy:  # lower precision copies the model
+            self._engine = ExitEngine(self.model, self.policy, check_fingerprint=False)
+        engine = self._engine
         constrain = getattr(getattr(self.trainer, "datamodule", None), "answer_constraint", None)
         end_id = engine.backbone.decode_settings(None).end_ids[0]
         allowed = constrain(end_id) if constrain else None
-        return engine.generate(prefix_allowed_tokens_fn=allowed, groups=self._groups(batch), **batch)
-
-    def _groups(self, batch: Batch) -> list[str] | None:
-        """Return the group of each row, for a policy that was certified by group."""
-        if self.policy.groups is None or self.policy.certificate is None:
-            return None
-        return [str(group) for group in batch[self.policy.certificate.decode["group_by"]]]
+        return engine.generate(prefix_allowed_tokens_fn=allowed, groups=groups_of(self.policy, batch), **batch)
 
 
 def _all_right(tokens_N: Tensor, labels_BT: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Engine:
 
 
 def run(chain, engine, metric="consistency", keep=0.98, **options):
-    defaults = {"confidence_level": 0.95, "seed": 0, "clusters": IDS, "full_scores": {"accuracy": 0.7}}
+    defaults = {"confidence_level": 0.95, "seed": 0, "clusters": IDS, "full_scores": {"": {"accuracy": 0.7}}}
     return certify(chain, engine, promises=[Promise(metric, keep)], **(defaults | {"estimate": False} | options))
 
 
@@ -109,7 +109,7 @@ def test_too_few_clusters_decodes_nothing():
 def test_nothing_to_test_and_nothing_to_keep():
     policy, _ = run([], Engine([], []))
     assert "No policy that is faster" in policy.certificate.note
-    policy, _ = run(candidates(1), Engine([], []), "accuracy", full_scores={"accuracy": 0.0})
+    policy, _ = run(candidates(1), Engine([], []), "accuracy", full_scores={"": {"accuracy": 0.0}})
     assert "scores 0 in accuracy" in policy.certificate.note
 
 

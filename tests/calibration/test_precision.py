@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lightning_mue.calibration import Decoded, propose, rehearse, simulate
+from lightning_mue.calibration.budget import within_budget
 from lightning_mue.calibration.precision import with_precision
 from lightning_mue.latency import LatencyTable
 from lightning_mue.promise import Promise
@@ -68,3 +69,25 @@ def test_rehearsing_takes_it_if_it_is_harmless(case, latency, harm):
     chain = rehearse(both, trace, decode).chain
     assert chain
     assert {c.policy.precision for c in chain} == ({"bfloat16"} if not harm else {None})
+
+
+def test_it_is_timed_on_the_groups_that_are_promised_for(make_trace, latency):
+    """Long answers would make a precision look fast that is slow for the short ones, and the other way round."""
+    trace = make_trace(n=300)
+    trace.groups = ["long" if k > 4 else "short" for k in trace.lengths]
+    for groups in (["long"], ["short"]):
+        proposal = propose(trace, latency, [Promise("accuracy", keep=0.9)], groups)
+        twins = with_precision(proposal, trace, scaled(latency, 0.5), "bfloat16").worth_decoding
+        full = next(c for c in twins if c.policy.precision and not c.policy.rules)
+        assert full.ms == pytest.approx(proposal.full_depth.ms / 2)
+        assert full.policy.groups == tuple(groups)
+
+
+def test_a_budget_that_only_it_can_meet(case, latency):
+    trace, proposal = case
+    budget = 0.9 * min(c.ms for c in (*proposal.frontier, *proposal.statics))
+    with pytest.raises(ValueError, match="No policy takes at most"):
+        within_budget(proposal, budget)
+    found = within_budget(with_precision(proposal, trace, scaled(latency, 0.3), "bfloat16"), budget)
+    assert {c.policy.precision for c in found.worth_decoding} == {"bfloat16"}
+    assert all(c.ms <= budget for c in found.worth_decoding)

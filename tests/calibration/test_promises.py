@@ -75,7 +75,8 @@ def decoder(wrong, changed=None):
 
 
 def run(decode, promises, **options):
-    defaults = {"confidence_level": 0.95, "seed": 0, "clusters": NAMES, "full_scores": {"accuracy": 0.8, "anls": 0.8}}
+    scores = {group: {"accuracy": 0.8, "anls": 0.8} for group in ("", "often", "rare")}
+    defaults = {"confidence_level": 0.95, "seed": 0, "clusters": NAMES, "full_scores": scores}
     return certify(CHAIN, decode, promises=promises, **(defaults | options))
 
 
@@ -146,7 +147,7 @@ def bytes_of(proposal):
     return [(c.policy.to_json(), c.used, c.ms) for c in proposal.chain]
 
 
-FEW = {"clusters": NAMES[:60], "full_scores": {"accuracy": 0.8}}
+FEW = {"clusters": NAMES[:60], "full_scores": {"": {"accuracy": 0.8}}}
 
 
 def few(wrong):
@@ -167,7 +168,10 @@ def test_too_few_samples_get_an_estimate_and_no_promise():
     assert policy.rules["decoder"] == ExitRule.static(2)
     assert policy.certificate.kind == "estimate"
     words = policy.certificate.in_words()
-    assert words.startswith("An estimate, no promise: accuracy: 100.0% kept (100.0% to 100.0% at 95%; 60 samples")
+    said = (
+        "An estimate on the samples that chose this policy, no promise: accuracy: 100.0% kept (no interval; 60 samples"
+    )
+    assert words.startswith(said)  # drawing identical outputs again would say nothing
     assert "needs at least" in words  # what a certificate would take
     assert "With 95% confidence" not in words
     assert ExitPolicy.from_json(policy.to_json()) == policy
@@ -181,9 +185,10 @@ def test_too_few_samples_get_an_estimate_and_no_promise():
 
 
 def test_a_model_that_scores_nothing_is_not_even_estimated():
-    policy, tests = run(few({}), [Promise("accuracy", keep=0.98)], clusters=NAMES[:60], full_scores={"accuracy": 0.0})
+    nothing = {"clusters": NAMES[:60], "full_scores": {"": {"accuracy": 0.0}}}
+    policy, tests = run(few({}), [Promise("accuracy", keep=0.98)], **nothing)
     assert (policy.is_full_depth, tests) == (True, [])
-    assert not worth_decoding([Promise("accuracy", keep=0.98)], 0.95, NAMES[:60], {"accuracy": 0.0})
+    assert not worth_decoding([Promise("accuracy", keep=0.98)], 0.95, NAMES[:60], {"": {"accuracy": 0.0}})
 
 
 def test_the_interval_is_that_of_scipys_bootstrap():
@@ -198,3 +203,32 @@ def test_the_interval_is_that_of_scipys_bootstrap():
 
     found = bootstrap((ours, theirs), ratio, paired=True, n_resamples=5000, method="percentile", rng=1, axis=-1)
     assert kept_interval(score, full, clusters, 0.95, 0) == pytest.approx(found.confidence_interval, abs=0.003)
+
+
+def test_what_a_cap_does_not_count_is_in_no_number():
+    names = NAMES[:400]
+    full = Decoded(names, names, {"cider": np.full(400, 5.0)}, np.ones(400, dtype=bool))
+    found = Decoded(names, names, {"cider": np.full(400, 2.0)}, np.zeros(400, dtype=bool))
+    promise = [Promise("cider", keep=0.9, cap=2.0)]
+    how = {"clusters": names, "full_scores": {"": {"cider": 2.0}}}
+    policy, _ = run(lambda p: found if p.rules else full, promise, **how)
+    (evidence,) = policy.certificate.evidence
+    assert (evidence.score, evidence.score_full_depth, evidence.kept) == (2.0, 2.0, 1.0)
+
+
+def test_each_group_is_measured_by_its_own_full_depth():
+    """A group that scores well needs few samples, whatever the mean over all groups is."""
+    promise = [Promise("accuracy", keep=0.9)]
+    sizes, scores = {"good": 44, "bad": 366}, {"good": {"accuracy": 0.9}, "bad": {"accuracy": 0.3}}
+    groups = [g for g, n in sizes.items() for _ in range(n)]
+    names = [f"{g}{i}" for i, g in enumerate(groups)]
+    assert groups_large_enough(promise, 0.95, scores, names, groups) == ("bad", "good")
+    assert worth_decoding(promise, 0.95, names, scores, ["bad", "good"], groups, estimate=False)
+
+
+def test_few_or_equal_clusters_have_no_interval():
+    rng = np.random.default_rng(0)
+    names, full = [f"c{i}" for i in range(60)], np.ones(60)
+    assert kept_interval(full, full, names, 0.95, 0) is None
+    assert kept_interval(rng.random(29), full[:29], names[:29], 0.95, 0) is None
+    assert kept_interval(rng.random(60), full, names, 0.95, 0) is not None

@@ -161,12 +161,25 @@ def test_asking_again_is_noticed(module, make_loader, make_trainer):
     same = calibrate(keep=0.05)
     make_trainer(same).validate(module, make_loader(), verbose=False)
     assert same.policy.certificate.confidence_level == 0.95
-    with pytest.raises(ValueError, match="These samples have tested 1 other chain"):
+    with pytest.raises(ValueError, match="Some of these samples have tested 1 other chain"):
         make_trainer(calibrate(keep=0.04)).validate(module, make_loader(), verbose=False)
     spends = calibrate(keep=0.04, reuse="spend")
     make_trainer(spends).validate(module, make_loader(), verbose=False)
     assert spends.policy.certificate.confidence_level == 0.9
     assert "1 other chain(s) were tested on them" in spends.policy.certificate.note
+
+
+def test_nothing_is_spent_where_nothing_is_decoded(module, make_loader, make_trainer):
+    short = calibrate(keep=0.999, estimate=False)
+    make_trainer(short).validate(module, make_loader(), verbose=False)
+    assert "Gather more, or ask for less" in short.policy.certificate.note
+    make_trainer(calibrate(keep=0.05)).validate(module, make_loader(), verbose=False)  # so less is asked for
+
+
+def test_other_decode_settings_are_another_question(module, make_loader, make_trainer):
+    make_trainer(calibrate(keep=0.05)).validate(module, make_loader(), verbose=False)
+    with pytest.raises(ValueError, match="Some of these samples have tested 1 other chain"):
+        make_trainer(calibrate(keep=0.05, max_new_tokens=3)).validate(module, make_loader(), verbose=False)
 
 
 def test_what_was_tested_goes_to_the_logger(module, make_loader, make_trainer):

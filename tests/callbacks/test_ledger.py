@@ -3,35 +3,60 @@ import pytest
 from lightning_mue.callbacks.ledger import Entry, Ledger
 
 
-def entry(question, fingerprint="abc", samples="x"):
-    return Entry(samples, fingerprint, question, 0.05)
+def entry(question, fingerprint="abc", clusters=("a", "b")):
+    return Entry.of(clusters, fingerprint, question, 0.05)
+
+
+def questions(entries):
+    return [e.question for e in entries]
+
+
+FIRST, SECOND, THIRD = entry("first"), entry("second"), entry("third")
 
 
 def test_another_question_to_the_same_samples_is_refused_or_spends(tmp_path):
     path = tmp_path / "ledger.json"
-    assert Ledger(path).enter(entry("first"), "refuse") == []
+    assert Ledger(path).enter(FIRST, "refuse") == []
     with pytest.raises(ValueError, match=r"tested 1 other chain.*not yet used, or set `reuse: spend`"):
-        Ledger(path).enter(entry("second"), "refuse")
-    assert Ledger(path).enter(entry("first"), "refuse") == []  # the same question has the same answer
-    assert Ledger(path).enter(entry("second"), "spend") == [entry("first")]
-    assert Ledger(path).enter(entry("third"), "spend") == [entry("first"), entry("second")]
-    assert Ledger(path).enter(entry("second"), "refuse") == [entry("first")]  # as it was spent before
+        Ledger(path).enter(SECOND, "refuse")
+    assert Ledger(path).enter(FIRST, "refuse") == []  # the same question has the same answer
+    assert questions(Ledger(path).enter(SECOND, "spend")) == questions([FIRST])
+    assert questions(Ledger(path).enter(THIRD, "spend")) == questions([FIRST, SECOND])
+    assert questions(Ledger(path).enter(SECOND, "refuse")) == questions([FIRST])  # as it was spent before
 
 
-def test_other_samples_are_free_and_other_weights_are_counted(tmp_path):
+def test_one_shared_cluster_is_reuse(tmp_path):
     path = tmp_path / "ledger.json"
-    Ledger(path).enter(entry("first"), "refuse")
-    assert Ledger(path).enter(entry("second", samples="y"), "refuse") == []
+    Ledger(path).enter(FIRST, "refuse")
+    assert Ledger(path).enter(entry("second", clusters=("c", "d")), "refuse") == []
+    with pytest.raises(ValueError, match="tested 2 other chain"):
+        Ledger(path).enter(entry("third", clusters=("b", "c")), "refuse")
+    with pytest.raises(ValueError, match="tested 1 other chain"):
+        Ledger(path).enter(entry("first", clusters=("a", "b", "x")), "refuse")  # the same question, of more samples
+
+
+def test_other_weights_are_counted(tmp_path):
+    path = tmp_path / "ledger.json"
+    Ledger(path).enter(FIRST, "refuse")
     assert Ledger(path).enter(entry("second", "def"), "refuse") == []
     assert Ledger(path).other_weights(entry("second", "def")) == 1
     assert Ledger(path).other_weights(entry("third", "ghi")) == 2
+    assert Ledger(path).other_weights(entry("third", "ghi", ("z",))) == 0
 
 
 def test_what_was_asked_before_any_result_was_seen_is_no_reuse(tmp_path):
     one, two = Ledger(tmp_path / "ledger.json"), Ledger(tmp_path / "ledger.json")
-    assert one.enter(entry("first"), "refuse") == []
-    assert two.enter(entry("second"), "refuse") == []  # asked beside it, not after it
-    assert [e.question for e in Ledger(tmp_path / "ledger.json")._before] == ["first", "second"]
+    assert one.enter(FIRST, "refuse") == []
+    assert two.enter(SECOND, "refuse") == []  # asked beside it, not after it
+    assert Ledger(tmp_path / "ledger.json").enter(SECOND, "refuse") == []  # nor when both are asked again
+    assert Ledger(tmp_path / "ledger.json").enter(FIRST, "refuse") == []
+
+
+def test_no_more_is_spent_than_there_is(tmp_path):
+    for k in range(19):
+        Ledger(tmp_path / "ledger.json").enter(entry(str(k)), "spend")
+    with pytest.raises(ValueError, match="19 tests on these samples have spent all confidence"):
+        Ledger(tmp_path / "ledger.json").enter(entry("last"), "spend")
 
 
 def test_a_ledger_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path):

@@ -54,3 +54,18 @@ def test_groups_must_be_said(case):
     for groups in (None, ["a"]):
         with pytest.raises(ValueError, match=r"leaves early for the groups \['a', 'c'\] alone: .* each of 6 rows, got"):
             ExitEngine(model, policy).generate(8, groups=groups, **tensors)
+
+
+def test_others_run_at_full_depth_in_the_models_own_precision(case):
+    model, tensors, policy = case
+    engine = ExitEngine(model, replace(policy, precision="bfloat16"))
+    out = engine.generate(8, groups=["b"] * 6, **tensors)
+    full = ExitEngine(model, ExitPolicy.full_depth()).generate(8, **tensors)
+    assert torch.equal(out.sequences, full.sequences)
+    assert out.exit_depths["vision"].tolist() == full.exit_depths["vision"].tolist()
+
+
+def test_what_replays_or_records_refuses_groups(case):
+    model, tensors, policy = case
+    with pytest.raises(ValueError, match=r"for the groups \['a', 'c'\] alone: use `generate`"):
+        ExitEngine(model, policy).run(8, None, False, tensors)

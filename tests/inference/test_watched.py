@@ -236,3 +236,12 @@ def test_nothing_promised_is_nothing_to_watch(made):
         WatchedEngine(engine, promises=SAME)
     with pytest.raises(ValueError, match="nothing to watch; name at least one promise"):
         WatchedEngine(ExitEngine(model, policy), promises=[])
+
+
+def test_audits_run_in_the_models_own_precision():
+    """A policy of lower precision is compared with the model that was promised, not with its own copy."""
+    model = zoo.shared("florence2", seed=1)
+    policy = ExitPolicy(precision="bfloat16")
+    watched = WatchedEngine(ExitEngine(model, policy), 1.0, Promise("consistency", keep=0.9))
+    assert next(watched.engine.model.parameters()).dtype == torch.bfloat16
+    assert watched._full.model is model

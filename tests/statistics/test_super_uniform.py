@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from lightning_mue.calibration.losses import p_value
 from lightning_mue.calibration.pvalues import betting_p, binomial_p, hoeffding_bentkus_p
+from lightning_mue.promise import Promise
 
 
 def zero_one(rng, n):
@@ -32,6 +34,12 @@ def heavy_tail(
     )
 
 
+def captions(rng, n):  # CIDEr-D, a few times as large as most, capped; 5 % of answers score nothing: what keep allows
+    full = np.minimum(rng.lognormal(0.0, 1.2, n), 10.0)
+    scores = np.where(rng.random(n) < 0.05, 0.0, full)
+    return Promise("cider", keep=0.95, cap=4.0).losses(scores, full, scores == full), 0.0
+
+
 def rare_and_large(rng, n):  # a loss that most data sets of this size never show
     return (rng.random(n) < 0.004).astype(float), 0.004
 
@@ -51,6 +59,7 @@ CASES = [
     ("betting", signed),
     ("betting", retention),
     ("betting", heavy_tail),
+    ("betting", captions),
     ("betting", rare_and_large),
 ]
 
@@ -79,6 +88,20 @@ def test_large(method, draw, n):
 def test_not_so_cautious_that_nothing_passes():
     assert (check("binomial", zero_one, 300, 1000) <= 0.05).mean() > 0.02
     assert (check("betting", retention, 300, 1000) <= 0.05).mean() > 0.02
+
+
+def test_samples_of_one_cluster_count_once():
+    """A picture's questions all fail together; taken as independent, they would pass far too often."""
+    rng, promise, nothing, passed = np.random.default_rng(0), Promise("consistency", keep=0.95), np.zeros(0), []
+    for seed in range(400):
+        sizes = rng.integers(1, 10, 300)
+        same = np.repeat(rng.random(300) >= 0.05, sizes)
+        pictures, questions = np.repeat(np.arange(300), sizes).astype(str), np.arange(len(same)).astype(str)
+        tests = [p_value(promise, nothing, nothing, same, names, 0.95, seed) for names in (pictures, questions)]
+        passed.append([test.p <= 0.05 for test in tests])
+    by_picture, by_question = np.mean(passed, axis=0)
+    assert by_picture <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+    assert by_question > 0.15
 
 
 def test_the_check_would_notice_an_invalid_p_value():
