@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -27,7 +28,10 @@ from lightning_mue.calibration.budget import best_within, certify_budget, within
 from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.calibration.losses import cluster_means
 from lightning_mue.calibration.precision import with_precision
+from lightning_mue.calibration.propose import of_groups
 from lightning_mue.calibration.requirements import requirements_of
+from lightning_mue.calibration.rows import StreamRows
+from lightning_mue.calibration.simulate import stream_outcome
 from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import Batch
 from lightning_mue.callbacks.decoding import SplitDecoder
@@ -48,8 +52,11 @@ SELECTION_REUSED = (
 Certifies = Mapping[str, tuple[str, str]]
 """The samples that certify: name -> cluster, group."""
 
-Ask = Callable[[tuple[str, Sequence[str] | None, ExitPolicy]], Decoded]
-"""Has all ranks decode a policy on a split and its groups."""
+Task = tuple[str, Sequence[str] | None, ExitPolicy | None, Sequence[str]]
+"""A split, its groups, the policy to decode there (None: record the decoder's exits), samples known to be unchanged."""
+
+Ask = Callable[[Task], Any]
+"""Has all ranks do a task; returns what was decoded, or the files of what was recorded."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +149,10 @@ class Calibration:
         elif not worth_decoding(asked.promises, asked.confidence_level, *size):
             return proposal
         rank_zero_info(f"Searched {proposal.searched:,} policies; decoding the {len(proposal.worth_decoding)} best.")
-        ask(("propose", groups, ExitPolicy.full_depth()))
-        rehearsed = rehearse(proposal, trace, lambda policy: ask(("propose", groups, policy)))
+        ask(("propose", groups, ExitPolicy.full_depth(), ()))
+        rehearsed = rehearse(
+            proposal, trace, lambda policy: ask(("propose", groups, policy, self._unchanged(policy, trace)))
+        )
         return rehearsed if budget is None else best_within(rehearsed, budget)
 
     def certify(
@@ -152,12 +161,14 @@ class Calibration:
         """Test the chain on the certify split; within a budget, find out how much its one link keeps."""
         groups, asked = proposal.groups, self.asked
         certifies = {name: found for name, found in certifies.items() if groups is None or found[1] in groups}
-        entered: list[tuple[float, str]] = []
+        entered, recorded = list[tuple[float, str]](), list[Trace]()
 
         def decode(policy: ExitPolicy) -> Decoded:
             if not entered:  # nothing is tested, and nothing spent, before something is decoded
                 entered.append(self._enter(proposal, [cluster for cluster, _ in certifies.values()]))
-            return ask(("certify", groups, policy))
+                if sum(map(self._is_simulated_exactly, (link.policy for link in proposal.chain))) > 1:
+                    recorded.append(Trace.merge([Trace.load(p) for p in ask(("certify", groups, None, ()))]))
+            return ask(("certify", groups, policy, self._unchanged(policy, *recorded)))
 
         note = f"{self.note} {'' if self.journal.key['data'] else SELECTION_REUSED}".strip()
         provenance = Provenance(fingerprint(self.model), self.journal.key["data"], self._decode_settings(), note)
@@ -232,13 +243,27 @@ class Calibration:
         how = {"answers": closed, "precision": precision, "batching": "per row"}
         return {**view(self.model).decode_settings(self.max_new_tokens).plain, **how, **corpus}
 
-    def decode(self, asked: tuple[str, Sequence[str] | None, ExitPolicy]) -> Decoded:
-        """Decode a policy on a split and its groups, on all ranks; full depth first."""
-        split, groups, policy = asked
+    def _is_simulated_exactly(self, policy: ExitPolicy) -> bool:
+        """Whether a recorded full-depth decode tells which outputs a policy changes: only the decoder leaves early."""
+        plain = policy.kv_fill == "just-in-time" and policy.precision is None
+        return plain and set(policy.rules) == {"decoder"} and next(self.model.parameters()).dtype == torch.float32
+
+    def _unchanged(self, policy: ExitPolicy, trace: Trace | None = None) -> list[str]:
+        """Return the samples of which no token changes, so that their output is that of full depth."""
+        if trace is None or not self._is_simulated_exactly(policy):
+            return []
+        trace = of_groups(trace, policy.groups)
+        same = stream_outcome(StreamRows.of(trace, "decoder"), policy.rules["decoder"]).same
+        return [name for name, kept in zip(trace.sample_ids, same, strict=True) if kept]
+
+    def decode(self, task: Task) -> Decoded | list[Path]:
+        """Do a task, on all ranks; full depth is decoded first."""
+        split, groups, policy, unchanged = task
         if split not in self.decoders:
             more = (self.scoring, self.max_new_tokens, self.journal, self.keys, split, groups)
             self.decoders[split] = SplitDecoder(self.trainer, self.model, *more)
-        return self.decoders[split](policy)
+        decoder = self.decoders[split]
+        return decoder.signals() if policy is None else decoder(policy, unchanged)
 
 
 def _announce(tested: Tested) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -28,7 +29,9 @@ from lightning_mue.callbacks.journal import Journal
 from lightning_mue.callbacks.ranks import gather
 from lightning_mue.callbacks.scoring import Scoring
 from lightning_mue.inference import ExitEngine
+from lightning_mue.inference.record import record
 from lightning_mue.policy import ExitPolicy
+from lightning_mue.trace import Trace
 
 FULL = ExitPolicy.full_depth()
 _DOING = {"propose": "rehearsing", "certify": "decoding"}
@@ -66,29 +69,23 @@ class SplitDecoder:
         backbone = view(model)
         self._wanted, settings = backbone.generate_inputs, backbone.decode_settings(max_new_tokens)
         self._prefix_fn = answer_constraint(trainer, settings.end_ids[0])
-        self._groups, self._full_tokens = groups, dict[str, list[int]]()
+        self._groups, self._full = groups, dict[str, dict[str, Any]]()
 
-    def __call__(self, policy: ExitPolicy) -> Decoded:
-        """Decode the split under ``policy``; full depth must come first."""
+    def __call__(self, policy: ExitPolicy, unchanged: Collection[str] = ()) -> Decoded:
+        """Decode the split under ``policy``; full depth must come first.
+
+        Samples that are known to come out ``unchanged`` are not decoded again.
+        """
         engine = ExitEngine(self._model, policy, check_fingerprint=False)
-        words = policy.depths_in_words()
-        batches = track(
-            self._batches(),
-            description=f"{_DOING[self._split]}: {words[:60]}",
-            total=sum(self._trainer.num_val_batches),
-            disable=not (self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None),
-        )
         mine: list[dict[str, Any]] = []
-        for batch in batches:
-            batch = self._keys.read(batch, self._wanted)
-            batch = rows_of(batch, self._wants(batch))
-            if batch["sample_id"]:
-                parts = [policy.to_json(), content(batch)]
-                mine.append(self._journal.piece("decoded", parts, partial(self._decode, engine, batch)))
+        for batch in self._read(f"{_DOING[self._split]}: {policy.depths_in_words()[:60]}", unchanged):
+            parts = [policy.to_json(), content(batch)]
+            mine.append(self._journal.piece("decoded", parts, partial(self._decode, engine, batch)))
         rows = [row for piece in gather(mine) for row in piece["rows"]]
         if policy.is_full_depth:
-            self._full_tokens = {row["id"]: row["tokens"] for row in rows}
-        if unknown := [row["id"] for row in rows if row["id"] not in self._full_tokens]:
+            self._full = {row["id"]: row for row in rows}
+        rows += [self._full[name] for name in unchanged]
+        if unknown := [row["id"] for row in rows if row["id"] not in self._full]:
             raise ValueError(
                 f"The validation data gave sample {unknown[0]!r} now and not before; every pass must give the same "
                 "samples: no random augmentation, and no shuffling with `limit_val_batches`."
@@ -98,15 +95,33 @@ class SplitDecoder:
             [row["id"] for row in rows],
             [row["cluster"] for row in rows],
             {metric: np.array([row["scores"][metric] for row in rows], dtype=np.float64) for metric in metrics},
-            np.array([row["tokens"] == self._full_tokens[row["id"]] for row in rows]),
+            np.array([row["tokens"] == self._full[row["id"]]["tokens"] for row in rows]),
             [row["group"] for row in rows],
         )
 
-    def _wants(self, batch: Batch) -> list[bool]:
-        """Say which rows are decoded."""
-        certifies = in_split(self._trainer, batch, "certify")
-        chosen = [self._groups is None or group in self._groups for group in batch["group"]]
-        return [c == (self._split == "certify") and g for c, g in zip(certifies, chosen, strict=True)]
+    def signals(self) -> list[Path]:
+        """Record the decoder's exits on the split; return the files of all ranks."""
+        paths = [
+            self._journal.trace(["decoder", content(batch)], partial(self._record, batch))
+            for batch in self._read("recording the decoder's exits", ())
+        ]
+        return sorted(set(gather(paths)))
+
+    def _read(self, doing: str, unchanged: Collection[str]) -> Iterator[Batch]:
+        """Give this rank's batches of the split, without the samples that are known to come out unchanged."""
+        shown = self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None
+        total, known = sum(self._trainer.num_val_batches), set(unchanged)
+        for batch in track(self._batches(), description=doing, total=total, disable=not shown):
+            batch = self._keys.read(batch, self._wanted)
+            certifies = in_split(self._trainer, batch, "certify")
+            wanted = [
+                c == (self._split == "certify")
+                and (self._groups is None or group in self._groups)
+                and name not in known
+                for c, group, name in zip(certifies, batch["group"], batch["sample_id"], strict=True)
+            ]
+            if any(wanted):
+                yield rows_of(batch, wanted)
 
     def _batches(self) -> Iterator[Any]:
         """Give the batches that the validation loop saw: of all loaders, as many as ``limit_val_batches`` says."""
@@ -125,16 +140,14 @@ class SplitDecoder:
         steps = (output.exit_depths["decoder"] > 0).sum(1).tolist()
         rows = []
         for i, sample_id in enumerate(batch["sample_id"]):
-            depths = {name: d[i].tolist() for name, d in output.exit_depths.items()}
-            depths["decoder"] = depths["decoder"][: steps[i]]
-            rows.append(
-                {
-                    "id": sample_id,
-                    "cluster": batch["cluster"][i],
-                    "tokens": output.sequences[i, 1 : steps[i] + 1].tolist(),
-                    "group": batch["group"][i],
-                    "scores": {metric: values[i] for metric, values in scores.items()},
-                    "depths": depths,
-                }
-            )
+            tokens = output.sequences[i, 1 : steps[i] + 1].tolist()
+            of_row = {metric: values[i] for metric, values in scores.items()}
+            names = {"id": sample_id, "cluster": batch["cluster"][i], "group": batch["group"][i]}
+            rows.append({**names, "tokens": tokens, "scores": of_row})
         return {"rows": rows}
+
+    def _record(self, batch: Batch) -> Trace:
+        tensors, names = on_device(batch, self._model), (batch["sample_id"], batch["cluster"])
+        how: dict[str, Any] = {"max_new_tokens": self._max_new_tokens, "prefix_fn": self._prefix_fn}
+        how |= {"meta": self._journal.key, "groups": batch["group"], "only_decoder": True}
+        return record(self._model, tensors, *names, lambda sequences: {}, **how)

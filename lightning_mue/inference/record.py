@@ -39,6 +39,7 @@ def record(
     prefix_fn: PrefixFn | None = None,
     meta: dict[str, Any] | None = None,
     groups: Sequence[str] | None = None,
+    only_decoder: bool = False,
 ) -> Trace:
     """Return the trace of one batch.
 
@@ -52,6 +53,8 @@ def record(
         prefix_fn: as in ``ExitEngine.generate``.
         meta: kept in the trace.
         groups: ``B`` names of the groups that promises may be about.
+        only_decoder: leave the other streams out, and try no exit alone: what the decoder's exits change is known then,
+            but not what that does to the score.
 
     Raises:
         ValueError: no exits are attached.
@@ -77,14 +80,19 @@ def record(
     taken_BT = (full.exit_depths["decoder"] > 0).numpy()
     streams = {}
     for name, exit_layers in exits.layers.items():
-        score_at, same_at = _alone(
-            model, name, exit_layers, inputs, full.sequences, score_of, max_new_tokens, prefix_fn
-        )
+        score_at: dict[str, np.ndarray] = {}
         agree = None
         if name == "decoder":
             scores, agree = _decoder_scores(executor, exit_layers, signals, tokens_BT, prompt_B, taken_BT)
+        elif only_decoder:
+            continue
         else:
             scores = {k: torch.stack(v, 1).numpy() for k, v in seen[name].items()}
+        if only_decoder and agree is not None:
+            same_at = (agree | ~taken_BT[..., None]).all(1)
+        else:
+            how = (full.sequences, score_of, max_new_tokens, prefix_fn)
+            score_at, same_at = _alone(model, name, exit_layers, inputs, *how)
         streams[name] = StreamTrace(exit_layers, layers[name], scores, score_at, same_at, agree)
     return Trace(
         list(sample_ids),

@@ -163,8 +163,8 @@ def test_certifies_a_project_of_tuples(make_trainer):
         sequences = module.captioner.generate(**batch, max_new_tokens=TOKENS, do_sample=False, num_beams=1)
         names |= dict(zip(BatchKeys().read(batch, WANTED)["sample_id"], sequences.tolist(), strict=True))
     assert set(decoded.sample_ids) < set(names)
-    tokens = callback._run.decoders["certify"]._full_tokens
-    for name, found in tokens.items():
+    tokens = callback._run.decoders["certify"]._full
+    for name, found in ((name, row["tokens"]) for name, row in tokens.items()):
         assert names[name][1 : len(found) + 1] == found
 
 

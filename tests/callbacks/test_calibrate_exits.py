@@ -4,12 +4,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_mue import CalibrateExits, ExitEngine, ExitPolicy, Promise
+from lightning_mue import CalibrateExits, ExitEngine, ExitPolicy, ExitRule, Promise, Trace
 from lightning_mue.calibration import propose, rehearse
 from lightning_mue.callbacks import decoding
+from lightning_mue.callbacks.journal import Journal
 from tests import zoo
 
 from .conftest import SAMPLES, TOKENS, Foreign, Plain
+
+FALLS = (None, (0.9, 4.0))
 
 
 def calibrate(**options):
@@ -118,7 +121,7 @@ def test_the_chain_is_rehearsed_before_any_other_sample_is_decoded(module, make_
     decoded = []
     plain = decoding.SplitDecoder._decode
     monkeypatch.setattr(decoding.SplitDecoder, "_decode", lambda *a: decoded.append(a[2]["sample_id"]) or plain(*a))
-    callback = calibrate(keep=0.05)
+    callback = calibrate(keep=0.05, lower_precision=[])
     trainer = make_trainer(callback)
     trainer.validate(module, make_loader(), verbose=False)
     proposed = set(callback.trace.sample_ids)
@@ -218,3 +221,37 @@ def test_a_budget_instead_of_a_quality(module, make_loader, make_trainer):
 def test_promises_that_contradict_themselves(options, message):
     with pytest.raises(ValueError, match=message):
         calibrate(**options)
+
+
+def test_what_a_decoders_exits_do_not_change_is_not_decoded_again(module, make_loader, make_trainer, monkeypatch):
+    """The same results as by decoding every sample; and fewer samples decoded."""
+    callback = calibrate(keep=0.05)
+    make_trainer(callback).validate(module, make_loader(), verbose=False)
+    run = callback._run
+    margins = [0.02, 0.1, 0.3]
+    policies = [ExitPolicy({"decoder": ExitRule("margin", (1, 2), (m, m), fall)}) for m in margins for fall in FALLS]
+    decoded = []
+    plain = decoding.SplitDecoder._decode
+    monkeypatch.setattr(decoding.SplitDecoder, "_decode", lambda *a: decoded.extend(a[2]["sample_id"]) or plain(*a))
+    known = 0
+    for split in ("propose", "certify"):
+        trace = callback.trace
+        if split == "certify":
+            trace = Trace.merge([Trace.load(path) for path in run.decode((split, None, None, ()))])
+        everything = decoding.SplitDecoder(
+            run.trainer, run.model, run.scoring, TOKENS, Journal(run.journal.folder / "apart", {}), run.keys, split
+        )
+        everything(ExitPolicy.full_depth())
+        for policy in policies:
+            expected, unchanged = everything(policy).in_order(), run._unchanged(policy, trace)
+            known += len(unchanged)
+            decoded.clear()
+            found = run.decode((split, None, policy, unchanged)).in_order()
+            assert sorted(decoded) == sorted(set(expected.sample_ids) - set(unchanged))
+            assert list(found.sample_ids) == list(expected.sample_ids)
+            assert (found.same == expected.same).all()
+            assert set(unchanged) == {n for n, same in zip(expected.sample_ids, expected.same, strict=True) if same}
+    assert known
+    vision = ExitPolicy({"vision": ExitRule.static(2), "decoder": ExitRule.static(1)})
+    for other in (vision, ExitPolicy({"decoder": ExitRule.static(1)}, precision="bfloat16"), ExitPolicy.full_depth()):
+        assert run._unchanged(other, callback.trace) == []
