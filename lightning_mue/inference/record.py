@@ -6,6 +6,7 @@ Shapes: ``B`` samples of a batch, ``T`` steps, ``E`` exits of a stream.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import StreamState, num_layers
-from lightning_mue.exits import attached
-from lightning_mue.inference.encode import stream_scores
+from lightning_mue.exits import Exits, attached
+from lightning_mue.inference.encode import OnExit, stream_scores
 from lightning_mue.inference.engine import ExitEngine
 from lightning_mue.inference.rows import PrefixFn
 from lightning_mue.inference.torch_executor import TorchExecutor
@@ -63,37 +64,25 @@ def record(
     if exits is None:
         raise ValueError("There are no exits to record; call `attach_exits(model, config)` and train them.")
     signals = [s for s in DECODER_SIGNALS if s != "gate" or exits.config.gate]
-    seen: dict[str, dict[str, list[Tensor]]] = {}
-
-    def on_exit(stream: str, k: int, state: StreamState, before_BTD: Tensor) -> None:
-        if k in exits.layers.get(stream, ()):
-            for signal in STREAM_SIGNALS:
-                if signal in signals:
-                    score_B = stream_scores(exits, signal, stream, k, state, before_BTD)
-                    seen.setdefault(stream, {}).setdefault(signal, []).append(score_B.float().cpu())
-
+    seen, on_exit = _stream_scores(exits, signals)
     engine = ExitEngine(model, ExitPolicy.full_depth())
     full, executor = engine.run(max_new_tokens, prefix_fn, False, inputs, on_exit)
     tokens_BT = full.sequences[:, 1:]
     prompt_B = full.prompt_lengths.numpy()
     layers = num_layers(engine.backbone)
     taken_BT = (full.exit_depths["decoder"] > 0).numpy()
+    alone = partial(_alone, model, inputs, full.sequences, score_of, max_new_tokens, prefix_fn)
     streams = {}
     for name, exit_layers in exits.layers.items():
-        score_at: dict[str, np.ndarray] = {}
-        agree = None
         if name == "decoder":
             scores, agree = _decoder_scores(executor, exit_layers, signals, tokens_BT, prompt_B, taken_BT)
-        elif only_decoder:
-            continue
-        else:
+            untried: dict[str, np.ndarray] = {}
+            same = (agree | ~taken_BT[..., None]).all(1)
+            score_at, same_at = (untried, same) if only_decoder else alone(name, exit_layers)
+            streams[name] = StreamTrace(exit_layers, layers[name], scores, score_at, same_at, agree)
+        elif not only_decoder:
             scores = {k: torch.stack(v, 1).numpy() for k, v in seen[name].items()}
-        if only_decoder and agree is not None:
-            same_at = (agree | ~taken_BT[..., None]).all(1)
-        else:
-            how = (full.sequences, score_of, max_new_tokens, prefix_fn)
-            score_at, same_at = _alone(model, name, exit_layers, inputs, *how)
-        streams[name] = StreamTrace(exit_layers, layers[name], scores, score_at, same_at, agree)
+            streams[name] = StreamTrace(exit_layers, layers[name], scores, *alone(name, exit_layers))
     return Trace(
         list(sample_ids),
         list(clusters),
@@ -104,6 +93,20 @@ def record(
         streams,
         dict(meta or {}),
     )
+
+
+def _stream_scores(exits: Exits, signals: Sequence[str]) -> tuple[dict[str, dict[str, list[Tensor]]], OnExit]:
+    """Return what will hold stream -> signal -> scores ``[B]`` of each exit, and what fills it during an encoding."""
+    seen: dict[str, dict[str, list[Tensor]]] = {}
+
+    def on_exit(stream: str, k: int, state: StreamState, before_BTD: Tensor) -> None:
+        if k in exits.layers.get(stream, ()):
+            for signal in STREAM_SIGNALS:
+                if signal in signals:
+                    score_B = stream_scores(exits, signal, stream, k, state, before_BTD)
+                    seen.setdefault(stream, {}).setdefault(signal, []).append(score_B.float().cpu())
+
+    return seen, on_exit
 
 
 def _decoder_scores(
@@ -143,13 +146,13 @@ def answer_positions(prompt_B: np.ndarray, steps: int) -> Iterator[tuple[np.ndar
 
 def _alone(
     model: nn.Module,
-    stream: str,
-    layers: Sequence[int],
     inputs: dict[str, Any],
     full: Tensor,
     score_of: ScoreOf,
     max_new_tokens: int | None,
     prefix_fn: PrefixFn | None,
+    stream: str,
+    layers: Sequence[int],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Leave one stream always at each of its exits: metric -> scores, and equality with full depth, all ``[B, E]``."""
     scores, same = [], []
