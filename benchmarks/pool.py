@@ -53,7 +53,7 @@ class Pool:
         """The full-depth pass over the part that proposes."""
         parts = [rows_of(batch, [self._proposes(c) for c in batch["cluster"]]) for batch in self._task.tuning]
         task = replace(self._task, tuning=[batch for batch in parts if batch["sample_id"]])
-        return Trace.load(self._journal.trace([], lambda: task.trace))
+        return Trace.load(self._journal.trace("trace", [], lambda: task.trace))
 
     @cached_property
     def latency(self) -> LatencyTable:

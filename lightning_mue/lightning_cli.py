@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_mue.callbacks import CalibrateExits, LastCheckpoint, ObeyPolicy, WritePredictions
+from lightning_mue.callbacks.ledger import Reuse
 from lightning_mue.data import ShardsDataModule
 from lightning_mue.training import MultiExitModule
 
@@ -31,6 +32,7 @@ class MueTrainer(L.Trainer):
         keep: float | None = None,
         metric: str | None = None,
         confidence_level: float | None = None,
+        reuse: Reuse | None = None,
     ) -> Any:
         """Collect, propose and certify on the calibration data; writes ``policy.json`` beside the checkpoint.
 
@@ -43,6 +45,8 @@ class MueTrainer(L.Trainer):
             metric: ``exact_match``, ``accuracy``, ``vqa_accuracy``, ``anls``, ``character_accuracy`` or
                 ``consistency``; likewise.
             confidence_level: of the promise; likewise.
+            reuse: whether samples that have tested another chain of these weights are refused, or spend confidence;
+                likewise.
         """
         callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
         ours = [c for c in callbacks if isinstance(c, CalibrateExits)]
@@ -50,7 +54,8 @@ class MueTrainer(L.Trainer):
             ours = [CalibrateExits()]
             callbacks.append(ours[0])
         for callback in ours:
-            for name, value in (("keep", keep), ("metric", metric), ("confidence_level", confidence_level)):
+            given = {"keep": keep, "metric": metric, "confidence_level": confidence_level, "reuse": reuse}
+            for name, value in given.items():
                 if value is not None:
                     setattr(callback, name, value)
             callback.check()

@@ -131,7 +131,10 @@ class CalibrateExits(L.Callback):
         """
         check_level(self.confidence_level)
         if self.promises is not None and self.metric:
-            raise ValueError(f"Give `promises`, or `keep` and `metric`; both are given (metric {self.metric!r})")
+            raise ValueError(
+                f"Give `promises`, or `keep` and `metric`; both are given (metric {self.metric!r}). Where a recipe "
+                "names a metric, `metric: null` beside `promises` takes it back"
+            )
         budget = [limit for limit in (self.latency_ms, self.speedup) if limit is not None]
         if len(budget) > 1 or any(not limit > 0 for limit in budget):
             raise ValueError(

@@ -68,7 +68,7 @@ def record_batch(
             batch["group"],
         )
 
-    return journal.trace([content(batch)], make)
+    return journal.trace("trace", [content(batch)], make)
 
 
 class CollectTrace(L.Callback):

@@ -102,7 +102,7 @@ class SplitDecoder:
     def signals(self) -> list[Path]:
         """Record the decoder's exits on the split; return the files of all ranks."""
         paths = [
-            self._journal.trace(["decoder", content(batch)], partial(self._record, batch))
+            self._journal.trace("decoder", [content(batch)], partial(self._record, batch))
             for batch in self._read("recording the decoder's exits", ())
         ]
         return sorted(set(gather(paths)))

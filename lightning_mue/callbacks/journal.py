@@ -29,9 +29,9 @@ class Journal:
         text = json.dumps([self.key, kind, list(parts)], sort_keys=True)
         return self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}{suffix}"
 
-    def trace(self, parts: Sequence[Any], make: Callable[[], Trace]) -> Path:
+    def trace(self, kind: str, parts: Sequence[Any], make: Callable[[], Trace]) -> Path:
         """Return the file of one batch's trace, recording it if it is not there or cannot be read."""
-        path = self.path("trace", parts, ".safetensors")
+        path = self.path(kind, parts, ".safetensors")
         if not (path.exists() and _readable(path)):
             make().save(path)
         return path

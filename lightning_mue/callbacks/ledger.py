@@ -68,7 +68,7 @@ class Ledger:
             raise ValueError(
                 f"Some of these samples have tested {len(earlier)} other chain(s) of policies of these weights before "
                 f"({self.path}). A test chosen after seeing the result of another is not covered by its confidence "
-                "level. Calibrate on samples not yet used, or set `reuse: spend`: the certificate then names the "
+                "level. Calibrate on samples not yet used, or `--reuse spend`: the certificate then names the "
                 "confidence that is left over all tests."
             )
         if sum((e.risk for e in earlier), entry.risk) >= 1:

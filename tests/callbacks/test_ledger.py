@@ -17,7 +17,7 @@ FIRST, SECOND, THIRD = entry("first"), entry("second"), entry("third")
 def test_another_question_to_the_same_samples_is_refused_or_spends(tmp_path):
     path = tmp_path / "ledger.json"
     assert Ledger(path).enter(FIRST, "refuse") == []
-    with pytest.raises(ValueError, match=r"tested 1 other chain.*not yet used, or set `reuse: spend`"):
+    with pytest.raises(ValueError, match=r"tested 1 other chain.*not yet used, or `--reuse spend`"):
         Ledger(path).enter(SECOND, "refuse")
     assert Ledger(path).enter(FIRST, "refuse") == []  # the same question has the same answer
     assert questions(Ledger(path).enter(SECOND, "spend")) == questions([FIRST])

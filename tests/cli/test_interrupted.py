@@ -113,13 +113,13 @@ def test_calibrate_goes_on_from_its_journal(tmp_path, fitted_once, monkeypatch):
     whole = copy_run(fitted_once, tmp_path / "whole")
     mue("calibrate", "-c", whole / "recipe.yaml")
     records, decodes = recorder.calls, decoder.calls
-    (latency,) = (whole / "calibration").glob("latency-*.json")
     batches = len(list((whole / "calibration").glob("trace-*")))
     assert records == batches >= 3
     assert decodes >= 3 * batches  # full depth and at least two policies
     folder = copy_run(fitted_once, tmp_path / "run")
     (folder / "calibration").mkdir()
-    (folder / "calibration" / latency.name).write_bytes(latency.read_bytes())
+    for latency in (whole / "calibration").glob("latency-*.json"):
+        (folder / "calibration" / latency.name).write_bytes(latency.read_bytes())
 
     recorder, _ = counted(monkeypatch, record_breaks=3)
     with pytest.raises(PowerCut):
@@ -142,7 +142,8 @@ def test_calibrate_goes_on_from_its_journal(tmp_path, fitted_once, monkeypatch):
     assert (folder / "policy.json").read_bytes() == (whole / "policy.json").read_bytes()
 
     recorder, decoder = counted(monkeypatch)
-    mue("calibrate", "-c", folder / "recipe.yaml", "--keep", 0.55)  # another promise needs no other recording
+    # Another promise needs no other recording.
+    mue("calibrate", "-c", folder / "recipe.yaml", "--keep", 0.55, "--reuse", "spend")
     assert recorder.calls == 0
     assert not list(folder.rglob(".*"))  # nothing half-written is left
 
