@@ -25,7 +25,7 @@ def test_small(world, shares):
     assert (ours > 1).mean() <= 0.05 + slack(0.05, 200)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("n", [500, 1000, 2500])
 @SHAPES
 @EVERYWHERE
@@ -48,7 +48,7 @@ def test_the_usual_way_breaks_its_word_as_in_table_d(n, rate, used):
     assert taken.mean() == pytest.approx(used, abs=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "used"), [(1000, 0.42), (2500, 0.60), (5000, 0.70)])
 def test_what_is_certified_is_of_use_as_in_table_d(n, used):
     ours, _ = risks(ZERO_ONE, TABLE_D, n, 500, 2)

@@ -76,7 +76,7 @@ def test_betting_small(monkeypatch, losses, column):
     check_betting(monkeypatch, losses, column, 400)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("column", range(6))
 @pytest.mark.parametrize("losses", BETTING)
 def test_betting_large(monkeypatch, losses, column):

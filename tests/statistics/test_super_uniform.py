@@ -78,7 +78,7 @@ def test_small(method, draw):
     check(method, draw, 300, 1000)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("n", [30, 300, 2000])
 @pytest.mark.parametrize(("method", "draw"), CASES)
 def test_large(method, draw, n):
