@@ -27,7 +27,8 @@ def test_cost_of_a_block_is_linear_between_and_beyond_what_was_measured():
         ("", "latency.json is not JSON"),
         ("[]", "latency.json must be a latency table of schema 1"),
         ('{"schema": 7}', "latency.json must be a latency table of schema 1"),
-        (ExitPolicy.full_depth().to_json(), "latency.json must hold a latency table; an entry is missing or wrong"),
+        (ExitPolicy.full_depth().to_json(), "latency.json must be a latency table of schema 1"),
+        ('{"schema": 1, "rules": {}}', "latency.json must hold a latency table; an entry is missing or wrong"),
         ('{"schema": 1, "streams": {}, "decoder": {}, "device": ""}', "latency.json must hold a latency table"),
     ],
 )
