@@ -95,6 +95,7 @@ def _generate(args: Sequence[str]) -> None:
     parser.add_argument(
         "--decoder_prompt", help="text that the decoder reads before it answers, where a model asks for one"
     )
+    parser.add_argument("--group", help="group of the sample, where a policy leaves early for some groups alone")
     parser.add_argument("--max_new_tokens", type=int, default=None)
     found = parser.parse_args(args)
     from PIL import Image
@@ -110,8 +111,8 @@ def _generate(args: Sequence[str]) -> None:
             raise
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
             raise ValueError(f"{path} must be a picture, and it cannot be read as one: {error}") from error
-    given = None if found.decoder_prompt is None else [found.decoder_prompt] * len(pictures)
-    for answer in engine.answer(pictures, [found.prompt] * len(pictures), found.max_new_tokens, given):
+    given = (None if text is None else [text] * len(pictures) for text in (found.decoder_prompt, found.group))
+    for answer in engine.answer(pictures, [found.prompt] * len(pictures), found.max_new_tokens, *given):
         print(answer)
 
 

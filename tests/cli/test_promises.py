@@ -47,7 +47,7 @@ def test_frequencies_of_a_file(fitted):
     assert policy.certificate.decode["document_frequencies"].startswith("2 pictures, ")
 
 
-def test_groups_in_a_recipe(fitted, capsys):
+def test_groups_in_a_recipe(fitted, shards):
     ask(fitted, promises=[{"metric": "consistency", "keep": 0.2}], group_by="level")
     mue("calibrate", "-c", fitted / "recipe.yaml")
     policy = ExitPolicy.load(fitted / "policy.json")
@@ -56,6 +56,13 @@ def test_groups_in_a_recipe(fitted, capsys):
     assert len(groups) > 1
     assert policy.groups is None or set(policy.groups) == groups
     mue("test", "-c", fitted / "recipe.yaml")  # rows know their level
+    mue("freeze", "--ckpt_path", fitted / "last.ckpt", "--out", fitted / "bundle")
+    name, data = next((n, d) for n, d in members_of(shards / "test-000.tar").items() if n.endswith(".png"))
+    (fitted / name).write_bytes(data)
+    mue("generate", fitted / "bundle", "--image", fitted / name, "--group", "1")
+    if policy.groups is not None:
+        with pytest.raises(SystemExit, match=r"leaves early for the groups .* alone"):
+            mue("generate", fitted / "bundle", "--image", fitted / name)
 
 
 def test_a_budget_in_a_recipe(fitted):
