@@ -12,6 +12,7 @@ from lightning_mue.checkpoint import load_checkpoint
 from lightning_mue.cli import LIGHTNING, OWN
 from lightning_mue.data.shards import BadSamples, read_shards
 from lightning_mue.policy import ExitPolicy
+from lightning_mue.promise import Promise
 from tests.runs import members_of, mue, policy_file, tiny_recipe
 
 
@@ -71,17 +72,19 @@ def test_validate_calibrates_where_the_recipe_says_so(calibrated, capsys):
     (calibrated / "policy.json").unlink()
     mue("validate", "-c", calibrated / "recipe.yaml")
     policy = ExitPolicy.load(calibrated / "policy.json")
-    assert policy.certificate.keep == 0.6
+    assert policy.certificate.promise.keep == 0.6
     assert "val/decoder_1/exact" in capsys.readouterr().out
 
 
 def test_flags_override_the_recipe(calibrated):
-    mue("calibrate", "-c", calibrated / "recipe.yaml", "--keep", 0.5, "--confidence_level", 0.9)
+    flags = ["calibrate", "-c", calibrated / "recipe.yaml", "--reuse", "spend"]  # the recipe's own promise is tested
+    mue(*flags, "--keep", 0.5, "--confidence_level", 0.9)
     certificate = ExitPolicy.load(calibrated / "policy.json").certificate
-    assert (certificate.keep, certificate.metric, certificate.confidence_level) == (0.5, "consistency", 0.9)
-    mue("calibrate", "-c", calibrated / "recipe.yaml", "--metric", "accuracy")
+    assert certificate.promise == Promise("consistency", keep=0.5)
+    assert certificate.confidence_level == pytest.approx(1 - 0.05 - 0.1)
+    mue(*flags, "--metric", "accuracy")
     certificate = ExitPolicy.load(calibrated / "policy.json").certificate
-    assert (certificate.keep, certificate.metric, certificate.confidence_level) == (0.6, "accuracy", 0.95)
+    assert certificate.promise == Promise("accuracy", keep=0.6)
 
 
 def test_calibrate_needs_no_entry_in_the_recipe_and_writes_beside_the_checkpoint(calibrated, shards):
@@ -90,8 +93,9 @@ def test_calibrate_needs_no_entry_in_the_recipe_and_writes_beside_the_checkpoint
     elsewhere.mkdir()
     (calibrated / "policy.json").unlink()
     (calibrated / "last.ckpt").rename(elsewhere / "mine.ckpt")
-    mue("calibrate", "-c", recipe, "--ckpt_path", elsewhere / "mine.ckpt", "--keep", 0.5, "--metric", "consistency")
-    assert ExitPolicy.load(elsewhere / "policy.json").certificate.keep == 0.5
+    mue("calibrate", "-c", recipe, "--ckpt_path", elsewhere / "mine.ckpt", "--keep", 0.5, "--reuse", "spend")
+    promise = ExitPolicy.load(elsewhere / "policy.json").certificate.promise
+    assert promise == Promise("exact_match", keep=0.5)
     assert not (calibrated / "policy.json").exists()
 
 
