@@ -42,7 +42,7 @@ class Tested:
     @property
     def worst(self) -> Evidence:
         """The evidence that ``result`` belongs to."""
-        return next(e for e in self.evidence if e.p_value == self.result.p)
+        return max(self.evidence, key=lambda evidence: evidence.p_value or 0.0)
 
 
 def test_policy(

@@ -154,9 +154,9 @@ def test_several_promises_by_group(make_trainer, tmp_path):
     assert "Groups too small to certify run at full depth: rare." in policy.certificate.note
     certified = {s for s, (_, group) in callback._certifies.items() if group != "rare"}
     assert set(callback._run.decoders["certify"](ExitPolicy.full_depth()).sample_ids) == certified
-    if policy.rules:
-        with pytest.raises(ValueError, match=r"leaves early for the groups \['often0', 'often1'\] alone"):
-            ExitEngine(Plain().model, policy, check_fingerprint=False).generate(2, **zoo.inputs("florence2", 2))
+    assert policy.rules
+    with pytest.raises(ValueError, match=r"leaves early for the groups \['often0', 'often1'\] alone"):
+        ExitEngine(Plain().model, policy, check_fingerprint=False).generate(2, **zoo.inputs("florence2", 2))
 
 
 def test_asking_again_is_noticed(module, make_loader, make_trainer):
@@ -190,11 +190,11 @@ def test_what_was_tested_goes_to_the_logger(module, make_loader, make_trainer):
     callback = calibrate(keep=0.05)
     trainer = make_trainer(callback)
     trainer.validate(module, make_loader(), verbose=False)
-    if callback.policy.rules:
-        (found,) = callback.policy.certificate.evidence
-        assert trainer.callback_metrics["exits/p_value"] == pytest.approx(found.p_value)
-        assert trainer.callback_metrics["exits/kept_consistency"] == pytest.approx(found.kept)
-        assert trainer.callback_metrics["exits/speedup"] > 1
+    assert callback.policy.rules
+    (found,) = callback.policy.certificate.evidence
+    assert trainer.callback_metrics["exits/p_value"] == pytest.approx(found.p_value)
+    assert trainer.callback_metrics["exits/kept_consistency"] == pytest.approx(found.kept)
+    assert trainer.callback_metrics["exits/speedup"] > 1
 
 
 def test_a_budget_instead_of_a_quality(module, make_loader, make_trainer):
