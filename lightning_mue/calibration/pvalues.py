@@ -12,10 +12,11 @@ import numpy as np
 from scipy.special import rel_entr
 from scipy.stats import binom
 
-MAX_BET = 0.75
+MAX_BET = 0.9
 """Largest bet, as a fraction of the bet that a single loss at the upper bound would ruin.
 
-Just below 1, one early failure costs most of the wealth; far below, few samples cannot certify even identical outputs.
+Just below 1, one early failure costs most of the wealth: 0.98 takes twice the samples where losses are 0 or 1. Far
+below, small losses take long: 0.75 takes a quarter more. At 0.9 neither is more than a tenth off (tests/statistics).
 """
 
 VARIANCE_PRIOR = 0.0025
