@@ -20,7 +20,7 @@ from rich.progress import track
 from targets import device, note, today
 
 from lightning_mue.calibration import Candidate, Decoded, certify
-from lightning_mue.calibration.losses import cluster_means
+from lightning_mue.calibration.clusters import cluster_means
 from lightning_mue.files import write_text
 from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.promise import Promise

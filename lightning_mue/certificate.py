@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_mue.promise import Promise
 
-KINDS = ("certified", "estimate", "uncertified", "full depth")
-"""``certified``: the promise holds with the confidence level over the draw of the calibration data. ``estimate``: what
-too few samples for a promise said, with an interval. ``uncertified``: simulated only. ``full depth``: nothing passed,
-and the plain model keeps any promise."""
+KINDS = ("certified", "approximate", "estimate", "uncertified", "full depth")
+"""``certified``: the promise holds with the confidence level over the draw of the calibration data. ``approximate``:
+the same of a corpus's metric, the truer the more clusters there are. ``estimate``: what too few samples for a promise
+said, with an interval. ``uncertified``: simulated only. ``full depth``: nothing passed, and the plain model keeps any
+promise."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Certificate:
     def explained(self) -> str:
         """Return the promise, the tests behind it, and what it does not say: a few plain paragraphs."""
         parts = [self.in_words(), *(f"* {_tested(found)}" for found in self.evidence if found.n)]
-        if self.kind == "certified":
+        if self.kind in ("certified", "approximate"):
             parts += [_MEANING.format(risk=1 - self.confidence_level)]
         if self.decode:
             parts.append("Decoded with: " + ", ".join(f"{k} = {v}" for k, v in sorted(self.decode.items()) if v))
@@ -122,6 +123,11 @@ class Certificate:
         named = [f"{name} {value[:16]}" for name, value in hashes.items() if value]
         parts += [f"Made of: {', '.join(named)}; seed {self.seed}."] if named else []
         return "\n".join(parts)
+
+
+def kind_of(evidence: Sequence[Evidence]) -> str:
+    """Return the kind of certificate of a policy that passed all its tests."""
+    return "approximate" if any(found.promise.approximate for found in evidence) else "certified"
 
 
 _MEANING = (
@@ -137,6 +143,8 @@ def _pair(interval: Any) -> tuple[float, float] | None:
 
 def _certified(certificate: Certificate) -> str:
     level = f"With {certificate.confidence_level:.0%} confidence over the draw of the calibration data, this policy"
+    if certificate.kind == "approximate":
+        level = f"Approximately, as drawing the samples again tells it: {level[0].lower()}{level[1:]}"
     about = "on new data from the same source"
     if len(certificate.evidence) == 1:
         (found,) = certificate.evidence
@@ -162,6 +170,7 @@ def _between(found: Evidence, level: float) -> str:
 
 _SENTENCE = {
     "certified": _certified,
+    "approximate": _certified,
     "estimate": _estimate,
     "full depth": lambda certificate: "No exit policy was certified: this is the full-depth model.",
     "uncertified": lambda certificate: (

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_mue.corpus import CORPUS
+
 RANGES: dict[str, float] = {
     "accuracy": 1.0,
     "exact_match": 1.0,
@@ -15,8 +17,9 @@ RANGES: dict[str, float] = {
     "character_accuracy": 1.0,
     "rouge_l": 1.0,
     "cider": 10.0,
+    "bleu": 1.0,
 }
-"""The metrics of one sample, and how high they score; the lowest is 0. ``cider`` is CIDEr-D by frozen frequencies."""
+"""The metrics, and how high they score; the lowest is 0. ``cider``: CIDEr-D by frozen frequencies, ``bleu``: BLEU-4."""
 
 METRICS = (*RANGES, "consistency")
 """What can be promised: of a metric's mean, or identical outputs."""
@@ -61,10 +64,17 @@ class Promise:
             raise ValueError("Outputs are the same or not: 'consistency' takes `keep`, and no `drop` or `cap`")
         if self.cap is not None and not 0 < self.cap <= RANGES[self.metric]:
             raise ValueError(f"`cap` must lie in (0, {RANGES[self.metric]:g}] for {self.metric!r}, got {self.cap:g}")
+        if self.approximate and self.cap is not None:
+            raise ValueError(f"{self.metric!r} is no mean over samples: a `cap` of a sample's score has no meaning")
         if self.drop is not None and not 0 < self.drop < self.highest:
             raise ValueError(
                 f"`drop` must lie in (0, {self.highest:g}), in units of {self.metric!r}, got {self.drop:g}"
             )
+
+    @property
+    def approximate(self) -> bool:
+        """Whether it is about a metric of a corpus, no mean over samples: its tests are approximate."""
+        return self.metric in CORPUS
 
     @property
     def highest(self) -> float:

@@ -16,6 +16,7 @@ from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.calibration.losses import check_level, p_value
 from lightning_mue.calibration.propose import Proposal
 from lightning_mue.calibration.tested import Tested, test_policy
+from lightning_mue.certificate import kind_of
 from lightning_mue.policy import ExitPolicy, chain_hash
 from lightning_mue.promise import Promise
 
@@ -121,10 +122,10 @@ def certify_budget(
         why = f"Within the budget no {KEEPS[0]:.0%} of full depth could be shown to be kept."
         record = replace(record, note=f"{why} {record.note}".strip())
         return ExitPolicy(fingerprint=candidate.policy.fingerprint, certificate=record), [tested]
-    return replace(candidate.policy, certificate=replace(record, kind="certified")), [tested]
+    return replace(candidate.policy, certificate=replace(record, kind=kind_of(record.evidence))), [tested]
 
 
 def _bound(promise: Promise, found: Decoded, full: Decoded, confidence_level: float, seed: int) -> float | None:
-    none = np.zeros(0)
-    scores, full_scores = (np.asarray(of.scores.get(promise.metric, none)) for of in (found, full))
-    return kept_bound(promise, scores, full_scores, found.same, full.clusters, confidence_level, seed)
+    return kept_bound(
+        promise, found.values(promise), full.values(promise), found.same, full.clusters, confidence_level, seed
+    )

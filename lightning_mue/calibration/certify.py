@@ -23,7 +23,7 @@ from lightning_mue.calibration.losses import check_level
 from lightning_mue.calibration.requirements import requirements_of
 from lightning_mue.calibration.sample_size import samples_estimate, shortage
 from lightning_mue.calibration.tested import Tested, test_policy
-from lightning_mue.certificate import Certificate, Evidence
+from lightning_mue.certificate import Certificate, Evidence, kind_of
 from lightning_mue.policy import ExitPolicy, chain_hash
 from lightning_mue.promise import Promise
 
@@ -124,7 +124,7 @@ def certify(
         why = few or _what_was_missing(tests[-1], confidence_level)
         return _full_depth(replace(record, evidence=tests[-1].evidence), why, provenance), tests
     best = min(accepted, key=lambda test: test.candidate.ms)  # of equals the first, the safer
-    kind, note = ("estimate", few) if few else ("certified", "")
+    kind, note = ("estimate", few) if few else (kind_of(best.evidence), "")
     certificate = replace(record, kind=kind, evidence=best.evidence, note=f"{note} {record.note}".strip())
     return replace(best.candidate.policy, certificate=certificate), tests
 

@@ -1,7 +1,4 @@
-"""The test of a promise: losses of samples, averaged over clusters, and the p-value of their mean.
-
-A cluster is what was drawn independently (a picture with its questions); its samples are averaged first.
-"""
+"""The test of a promise: losses of samples, averaged over clusters, and the p-value of their mean."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_mue.calibration.bootstrap import paired_scores
+from lightning_mue.calibration.clusters import cluster_means
 from lightning_mue.calibration.pvalues import betting_p, binomial_p
 from lightning_mue.promise import UPPER, Promise
 
@@ -47,17 +46,14 @@ def check_level(confidence_level: float) -> None:
         raise ValueError(f"`confidence_level` must lie in (0, 1), such as 0.95, got {confidence_level:g}")
 
 
-def cluster_means(values: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
-    """Return the mean of ``values`` per cluster, in the order of the clusters' names.
-
-    Raises:
-        ValueError: not one cluster name per value.
-    """
-    values = np.asarray(values, np.float64)
-    if len(clusters) != len(values):
-        raise ValueError(f"Every sample needs a cluster: got {len(values)} samples and {len(clusters)} cluster names")
-    _, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    return np.bincount(index, values) / np.bincount(index)
+def _bootstrap(
+    promise: Promise, counts: np.ndarray, full_counts: np.ndarray, clusters: Sequence[str], seed: int
+) -> TestResult:
+    """Return the share of corpora drawn again that break the promise, as p-value (paired bootstrap, Koehn 2004)."""
+    losses = promise.losses(*paired_scores(promise.metric, counts, full_counts, clusters, seed), np.zeros(0, bool))
+    found, drawn, units = float(losses[0]), losses[1:], len(set(clusters))
+    p = float((1 + np.count_nonzero(drawn > promise.tolerance)) / (1 + len(drawn)))
+    return TestResult(p, "paired bootstrap of clusters", found, len(clusters), units, float(drawn.std() * units**0.5))
 
 
 def p_value(
@@ -71,12 +67,13 @@ def p_value(
 ) -> TestResult:
     """Test whether a policy keeps what was promised; small ``p`` = it does.
 
-    Consistency with one sample a cluster is tested by the exact binomial, everything else by betting on cluster means.
+    Consistency with one sample a cluster is tested by the exact binomial, a metric of a corpus by drawing clusters
+    again (approximate), everything else by betting on cluster means.
 
     Args:
         promise: what is tested.
-        scores: of the policy, ``[n]``; not read for consistency.
-        full_scores: of full depth, ``[n]``; not read for consistency.
+        scores: of the policy, ``[n]``, or counts ``[n, K]`` for a metric of a corpus; not read for consistency.
+        full_scores: of full depth, likewise.
         same: bool ``[n]``, the output equals the full-depth output; read for consistency alone.
         clusters: ``[n]`` names of what was drawn independently.
         confidence_level: the level the bets are planned for.
@@ -86,6 +83,8 @@ def p_value(
         ValueError: scores out of range, arrays of different lengths.
     """
     check_level(confidence_level)
+    if promise.approximate:
+        return _bootstrap(promise, scores, full_scores, clusters, seed)
     losses = cluster_means(promise.losses(scores, full_scores, same), clusters)
     if promise.metric == "consistency" and len(losses) == len(clusters):
         p, method = binomial_p(int(np.count_nonzero(losses)), len(losses), promise.tolerance), "exact binomial"

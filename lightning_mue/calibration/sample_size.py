@@ -18,6 +18,9 @@ _EXACT_UP_TO = 1_000_000  # beyond, the slow start of the bets is neglected (it 
 def samples_needed(promise: Promise, confidence_level: float, full_score: float = 1.0, clustered: bool = False) -> int:
     """Return the smallest number of clusters at which even outputs identical to full depth would pass the test.
 
+    Drawing clusters again finds identical outputs certain at any number. A metric of a corpus needs as many clusters as
+    the promise that this share of outputs is identical.
+
     Args:
         promise: what is tested.
         confidence_level: of the promise, in (0, 1).
@@ -29,6 +32,8 @@ def samples_needed(promise: Promise, confidence_level: float, full_score: float 
     """
     check_level(confidence_level)
     evidence, tolerance = -math.log1p(-confidence_level), promise.tolerance
+    if promise.approximate:
+        return samples_needed(Promise("consistency", keep=_share(promise)), confidence_level)
     if promise.metric == "consistency" and not clustered:
         n = max(1, math.ceil(evidence / -math.log1p(-tolerance) - 1e-9))
         return n if binomial_p(0, n, tolerance) <= 1 - confidence_level else n + 1  # the logarithms may round

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from lightning_mue.calibration.bootstrap import kept_interval, score_of
 from lightning_mue.calibration.candidates import Candidate
 from lightning_mue.calibration.decoded import Decoded
-from lightning_mue.calibration.losses import TestResult, cluster_means, p_value
+from lightning_mue.calibration.losses import TestResult, p_value
 from lightning_mue.calibration.requirements import Requirement, requirements_of
 from lightning_mue.certificate import Evidence
 from lightning_mue.promise import Promise
-
-RESAMPLES = 2000
-"""Of the clusters, for an interval."""
-
-AT_LEAST = 30
-"""Clusters for an interval."""
 
 
 @dataclass(frozen=True)
@@ -81,40 +74,20 @@ def test_policy(
 test_policy.__test__ = False  # type: ignore[attr-defined]  # not a test case, whatever its name tells pytest
 
 
-def kept_interval(
-    scores: np.ndarray, full_scores: np.ndarray, clusters: Sequence[str], confidence_level: float, seed: int
-) -> tuple[float, float] | None:
-    """Return the interval of ``mean(scores) / mean(full_scores)``: percentiles over clusters drawn again.
-
-    Approximate, and too narrow for few clusters: None for fewer than ``AT_LEAST``, or where all keep the same share,
-    which drawing again cannot tell apart from certainty.
-    """
-    ours, theirs = cluster_means(scores, clusters), cluster_means(full_scores, clusters)
-    if len(ours) < AT_LEAST or np.ptp(ours - theirs) == 0:
-        return None
-    rng, tail = np.random.default_rng(seed), (1 - confidence_level) / 2
-    drawn = (rng.integers(0, len(ours), len(ours)) for _ in range(RESAMPLES))
-    low, high = np.quantile([ours[d].mean() / max(theirs[d].mean(), 1e-12) for d in drawn], [tail, 1 - tail])
-    return float(low), float(high)
-
-
 def _test(
     requirement: Requirement, found: Decoded, full: Decoded, confidence_level: float, seed: int, estimated: bool
 ) -> tuple[TestResult, float, Evidence]:
     """Return the test of one requirement, the part of its allowed loss that was used, and both as evidence."""
     promise, rows = requirement.promise, requirement.rows
     clusters, same = [full.clusters[i] for i in rows], found.same[rows]
-    if promise.metric == "consistency":
-        scores, full_scores = same.astype(np.float64), np.ones(len(rows))
-    else:
-        capped = (np.minimum(decoded.scores[promise.metric], promise.highest) for decoded in (found, full))
-        scores, full_scores = (values[rows] for values in capped)
-    result = p_value(promise, scores, full_scores, same, clusters, confidence_level, seed)
-    unchanged = promise.losses(full_scores, full_scores, np.ones(len(rows), dtype=bool))
-    start = float(cluster_means(unchanged, clusters).mean())
+    values, full_values = found.values(promise)[rows], full.values(promise)[rows]
+    result = p_value(promise, values, full_values, same, clusters, confidence_level, seed)
+    ours, theirs = (score_of(promise.metric, of, clusters) for of in (values, full_values))
+    start = promise.loss_of_full_depth(theirs)
     used = (result.mean_loss - start) / max(promise.tolerance - start, 1e-12)
-    ours, theirs = (float(cluster_means(of, clusters).mean()) for of in (scores, full_scores))
-    scored = promise.metric != "consistency"
+    scored, interval = promise.metric != "consistency", None
+    if estimated:
+        interval = kept_interval(promise.metric, values, full_values, clusters, confidence_level, seed)
     evidence = Evidence(
         promise,
         requirement.group,
@@ -125,7 +98,7 @@ def _test(
         ours if scored else None,
         theirs if scored else None,
         kept=ours / theirs if theirs else None,
-        interval=kept_interval(scores, full_scores, clusters, confidence_level, seed) if estimated else None,
+        interval=interval,
         estimated=estimated,
         method=result.method,
     )

@@ -57,6 +57,11 @@ class Watch:
 
     def __post_init__(self) -> None:
         _check_level(self.confidence_level)
+        if self.promise.approximate:
+            raise ValueError(
+                f"{self.promise.metric!r} is of a corpus, and no single request can break that promise; watch a metric "
+                "of samples, such as 'rouge_l', or 'consistency'"
+            )
         self.log_wealth = np.asarray(self.log_wealth, np.float64)
         if self.log_wealth.shape != BETS.shape or not np.isfinite(self.log_wealth).all():
             raise ValueError(f"`log_wealth` must be {len(BETS)} finite numbers, got {self.log_wealth.tolist()}")
@@ -121,7 +126,7 @@ def promised(certificate: Certificate | None) -> list[tuple[Promise, str]]:
     Raises:
         ValueError: nothing is.
     """
-    if certificate is None or certificate.kind != "certified":
+    if certificate is None or certificate.kind not in ("certified", "approximate"):
         found = "the policy has no certificate" if certificate is None else certificate.in_words()
         raise ValueError(f"Nothing is promised, so there is nothing to watch ({found}); calibrate, or give `promises`")
     return [(found.promise, found.group) for found in certificate.evidence]

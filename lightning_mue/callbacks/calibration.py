@@ -25,8 +25,8 @@ from lightning_mue.calibration import (
     worth_decoding,
 )
 from lightning_mue.calibration.budget import best_within, certify_budget, within_budget
+from lightning_mue.calibration.clusters import cluster_means
 from lightning_mue.calibration.decoded import Decoded
-from lightning_mue.calibration.losses import cluster_means
 from lightning_mue.calibration.precision import with_precision
 from lightning_mue.calibration.propose import of_groups
 from lightning_mue.calibration.requirements import requirements_of

@@ -90,13 +90,13 @@ class SplitDecoder:
                 f"The validation data gave sample {unknown[0]!r} now and not before; every pass must give the same "
                 "samples: no random augmentation, and no shuffling with `limit_val_batches`."
             )
-        metrics = rows[0]["scores"] if rows else ()
         return Decoded(
             [row["id"] for row in rows],
             [row["cluster"] for row in rows],
-            {metric: np.array([row["scores"][metric] for row in rows], dtype=np.float64) for metric in metrics},
+            _columns(rows, "scores"),
             np.array([row["tokens"] == self._full[row["id"]]["tokens"] for row in rows]),
             [row["group"] for row in rows],
+            _columns(rows, "counts"),
         )
 
     def signals(self) -> list[Path]:
@@ -136,14 +136,14 @@ class SplitDecoder:
         tensors = on_device(batch, self._model)
         groups = batch["group"] if engine.policy.groups is not None else None
         output = engine.generate(self._max_new_tokens, self._prefix_fn, groups=groups, **tensors)
-        scores = self._scoring.of(batch)(output.sequences)
+        scores, counts = self._scoring.of(batch)(output.sequences), self._scoring.counts(batch, output.sequences)
         steps = (output.exit_depths["decoder"] > 0).sum(1).tolist()
         rows = []
         for i, sample_id in enumerate(batch["sample_id"]):
             tokens = output.sequences[i, 1 : steps[i] + 1].tolist()
-            of_row = {metric: values[i] for metric, values in scores.items()}
+            of_row, counted = ({metric: values[i] for metric, values in found.items()} for found in (scores, counts))
             names = {"id": sample_id, "cluster": batch["cluster"][i], "group": batch["group"][i]}
-            rows.append({**names, "tokens": tokens, "scores": of_row})
+            rows.append({**names, "tokens": tokens, "scores": of_row, "counts": counted})
         return {"rows": rows}
 
     def _record(self, batch: Batch) -> Trace:
@@ -151,3 +151,9 @@ class SplitDecoder:
         how: dict[str, Any] = {"max_new_tokens": self._max_new_tokens, "prefix_fn": self._prefix_fn}
         how |= {"meta": self._journal.key, "groups": batch["group"], "only_decoder": True}
         return record(self._model, tensors, *names, lambda sequences: {}, **how)
+
+
+def _columns(rows: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
+    """Return metric -> what was found of each sample, ``[n]`` or ``[n, K]``."""
+    metrics = rows[0][what] if rows else ()
+    return {metric: np.array([row[what][metric] for row in rows], np.float64) for metric in metrics}

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lightning_mue.backbones.processor import Processor
 from lightning_mue.callbacks.batches import Batch
+from lightning_mue.corpus import CORPUS, sentence_bleu
 from lightning_mue.data import ShardsDataModule
 from lightning_mue.metrics import DocumentFrequencies
 from lightning_mue.metrics.answers import scorer
+from lightning_mue.metrics.bleu import caption_counts
 
 Scores = Callable[[Tensor], dict[str, list[float]]]
 """Decoded sequences ``[B, 1 + T]`` -> metric -> score of each."""
@@ -46,7 +48,7 @@ class Scoring:
         return {"metrics": self.metrics, "document_frequencies": f"{self._frequencies.documents} pictures, {digest}"}
 
     def of(self, batch: Batch) -> Scores:
-        """Return what scores decoded sequences of this batch.
+        """Return what scores decoded sequences of this batch; by captions' smoothed BLEU where BLEU is promised.
 
         Raises:
             ValueError: a metric that needs references and a processor, and one of them is missing.
@@ -58,13 +60,26 @@ class Scoring:
             owner = "a data module with a `processor`, or a LightningModule with one"
             missing = owner if processor is None else "batches with `references`"
             raise ValueError(f"Metric {self.metrics[0]!r} needs {missing}; without it use metric 'consistency'.")
-        rules = {metric: scorer(metric, self._frequencies) for metric in self.metrics or ["exact_match"]}
+        names = self.metrics or ["exact_match"]
+        rules = {name: _sentence_bleu if name in CORPUS else scorer(name, self._frequencies) for name in names}
 
         def scores(sequences: Tensor) -> dict[str, list[float]]:
             answers = list(zip(processor.decode(sequences[:, 1:]), references, strict=True))
             return {metric: [rule(text, refs) for text, refs in answers] for metric, rule in rules.items()}
 
         return scores
+
+    def counts(self, batch: Batch, sequences: Tensor) -> dict[str, list[list[int]]]:
+        """Return metric of a corpus -> what is counted in each decoded sequence; nothing if none is promised."""
+        if not (names := [metric for metric in self.metrics if metric in CORPUS]):
+            return {}
+        assert self._processor is not None
+        answers = list(zip(self._processor.decode(sequences[:, 1:]), batch["references"], strict=True))
+        return {metric: [caption_counts(text, refs) for text, refs in answers] for metric in names}
+
+
+def _sentence_bleu(prediction: str, references: Sequence[str]) -> float:
+    return sentence_bleu(caption_counts(prediction, references))
 
 
 def _frequencies(trainer: L.Trainer, path: str | None) -> DocumentFrequencies:

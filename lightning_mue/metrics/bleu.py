@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_mue.corpus import ORDERS, bleu_scores
 from lightning_mue.metrics.checks import check_batch, check_references
 from lightning_mue.metrics.tokens import ngrams, tokenise_caption
-
-ORDERS = (1, 2, 3, 4)
-_TINY, _SMALL = 1e-15, 1e-9
-"""COCO's constants: added to what may be 0 above and below a fraction line."""
 
 
 def bleu_counts(prediction: str, references: Sequence[str]) -> list[int]:
@@ -42,16 +39,11 @@ def bleu_counts(prediction: str, references: Sequence[str]) -> list[int]:
     return [*matched, *found, len(words), closest]
 
 
-def bleu_scores(counts: Sequence[int]) -> list[float]:
-    """Return BLEU-1 to BLEU-4 (Papineni et al. 2002, section 2.3) of a caption or corpus, from ``bleu_counts``."""
-    matched, found, (length, closest) = counts[:4], counts[4:8], counts[8:]
-    ratio = (length + _TINY) / (closest + _SMALL)
-    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    scores, product = [], 1.0
-    for n, hits, grams in zip(ORDERS, matched, found, strict=True):
-        product *= (hits + _TINY) / (grams + _SMALL)
-        scores.append(product ** (1 / n) * brevity)
-    return scores
+def caption_counts(
+    prediction: str, references: Sequence[str], tokenise: Callable[[str], str] = tokenise_caption
+) -> list[int]:
+    """Return ``bleu_counts`` of texts that are not tokenised."""
+    return bleu_counts(tokenise(prediction), [tokenise(reference) for reference in references])
 
 
 class Bleu(Metric):
@@ -89,7 +81,7 @@ class Bleu(Metric):
         """
         check_batch(predictions, references)
         for prediction, accepted in zip(predictions, references, strict=True):
-            counts = bleu_counts(self.tokenise(prediction), [self.tokenise(text) for text in accepted])
+            counts = caption_counts(prediction, accepted, self.tokenise)
             self.counts += torch.tensor(counts, device=self.device)
 
     def compute(self) -> Tensor:

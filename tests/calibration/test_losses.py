@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from lightning_mue.calibration.losses import check_level, cluster_means, p_value
+from lightning_mue.calibration.clusters import cluster_means
+from lightning_mue.calibration.losses import check_level, p_value
 from lightning_mue.calibration.pvalues import betting_p, binomial_p
 from lightning_mue.promise import Promise
 
@@ -14,8 +15,8 @@ def test_impossible_promises_are_refused():
     for keep in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="`keep`"):
             Promise("accuracy", keep)
-    with pytest.raises(ValueError, match=r"`metric` must be one of .* got 'bleu'"):
-        Promise("bleu", 0.98)
+    with pytest.raises(ValueError, match=r"`metric` must be one of .* got 'meteor'"):
+        Promise("meteor", 0.98)
     with pytest.raises(ValueError, match=r"`confidence_level` must lie in \(0, 1\), such as 0.95, got 95"):
         check_level(95)
 

@@ -5,9 +5,9 @@ import pytest
 from scipy.stats import bootstrap
 
 from lightning_mue.calibration import Decoded, certify, groups_large_enough, propose, worth_decoding
+from lightning_mue.calibration.bootstrap import kept_interval
 from lightning_mue.calibration.candidates import Candidate, Judge
-from lightning_mue.calibration.losses import cluster_means
-from lightning_mue.calibration.tested import kept_interval
+from lightning_mue.calibration.clusters import cluster_means
 from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.promise import Promise
 
@@ -202,7 +202,9 @@ def test_the_interval_is_that_of_scipys_bootstrap():
         return a.mean(axis) / b.mean(axis)
 
     found = bootstrap((ours, theirs), ratio, paired=True, n_resamples=5000, method="percentile", rng=1, axis=-1)
-    assert kept_interval(score, full, clusters, 0.95, 0) == pytest.approx(found.confidence_interval, abs=0.003)
+    assert kept_interval("accuracy", score, full, clusters, 0.95, 0) == pytest.approx(
+        found.confidence_interval, abs=0.003
+    )
 
 
 def test_what_a_cap_does_not_count_is_in_no_number():
@@ -229,6 +231,6 @@ def test_each_group_is_measured_by_its_own_full_depth():
 def test_few_or_equal_clusters_have_no_interval():
     rng = np.random.default_rng(0)
     names, full = [f"c{i}" for i in range(60)], np.ones(60)
-    assert kept_interval(full, full, names, 0.95, 0) is None
-    assert kept_interval(rng.random(29), full[:29], names[:29], 0.95, 0) is None
-    assert kept_interval(rng.random(60), full, names, 0.95, 0) is not None
+    assert kept_interval("accuracy", full, full, names, 0.95, 0) is None
+    assert kept_interval("accuracy", rng.random(29), full[:29], names[:29], 0.95, 0) is None
+    assert kept_interval("accuracy", rng.random(60), full, names, 0.95, 0) is not None

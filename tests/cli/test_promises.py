@@ -39,12 +39,19 @@ def test_promises_in_a_recipe(fitted, shards, capsys):
     mue("test", "-c", fitted / "recipe.yaml")
 
 
-def test_frequencies_of_a_file(fitted):
+def test_frequencies_of_a_file_and_a_metric_of_the_corpus(fitted, capsys):
     DocumentFrequencies.from_references([["a red circle"], ["a blue square"]]).save(fitted / "df.json")
-    ask(fitted, promises=[{"metric": "cider", "drop": 5.0}], frequencies=str(fitted / "df.json"))
+    ask(
+        fitted,
+        promises=[{"metric": "cider", "drop": 5.0}, {"metric": "bleu", "drop": 0.7}],
+        frequencies=str(fitted / "df.json"),
+    )
     mue("calibrate", "-c", fitted / "recipe.yaml")
     policy = ExitPolicy.load(fitted / "policy.json")
     assert policy.certificate.decode["document_frequencies"].startswith("2 pictures, ")
+    assert policy.certificate.kind == "approximate"
+    mue("policy", "show", fitted / "policy.json")
+    assert "Approximately, as drawing the samples again tells it: with 50% confidence" in capsys.readouterr().out
 
 
 def test_groups_in_a_recipe(fitted, shards):
@@ -75,7 +82,7 @@ def test_a_budget_in_a_recipe(fitted):
 
 @pytest.mark.parametrize(
     ("promise", "message"),
-    [({"metric": "anls", "keep": 1.5}, r"`keep` must lie in \(0, 1\)"), ({"metric": "bleu", "keep": 0.9}, "`metric`")],
+    [({"metric": "anls", "keep": 1.5}, r"`keep` must lie in \(0, 1\)"), ({"metric": "spice", "keep": 0.9}, "`metric`")],
 )
 def test_a_promise_that_cannot_be_meant(fitted, promise, message, capsys):
     ask(fitted, promises=[promise])
