@@ -59,14 +59,7 @@ class MueTrainer(L.Trainer):
                 if value is not None:
                     setattr(callback, name, value)
             callback.check()
-            callback.proposal = None
-        found = self.validate(model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule, weights_only=True)
-        if any(callback.proposal is None for callback in ours):
-            raise ValueError(
-                "Nothing was calibrated: there was no validation batch. Give validation data, and no "
-                "`limit_val_batches` of 0."
-            )
-        return found
+        return self.validate(model, dataloaders, ckpt_path=ckpt_path, datamodule=datamodule, weights_only=True)
 
 
 class MueCLI(LightningCLI):

@@ -152,6 +152,15 @@ class CalibrateExits(L.Callback):
             return self.promises
         return [Promise(self.metric or "consistency", keep=self.keep)]
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget an earlier calibration."""
+        self._run = None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse to end without a policy: Lightning passes over validation without data, and over all its hooks."""
+        if stage == "validate" and self._run is None:
+            raise ValueError("Nothing was calibrated: no validation data. Give some, and no `limit_val_batches` of 0.")
+
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the journal."""
         self._run = None
@@ -216,6 +225,9 @@ class CalibrateExits(L.Callback):
             )
         one = next(batch for batch in gather([self._one]) if batch is not None)  # rank 0 may have seen none
         run.note = max(gather([run.note]))
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = (cb._run for cb in callbacks if isinstance(cb, CalibrateExits) and cb is not self)
+        run.beside = [other.intent for other in others if other is not None]
         choose = partial(self._choose, run, paths, certifies, one)
         self.latency, self.proposal, self.policy, self.tests = lead(choose, run.decode)
         if fitting:

@@ -89,6 +89,7 @@ class Calibration:
         keys: of the batches.
         max_new_tokens: of each answer; the generation config's if not given.
         note: what the certificate says beside the promise.
+        beside: the intents of other calibrations at the same time.
     """
 
     trainer: L.Trainer
@@ -99,10 +100,16 @@ class Calibration:
     keys: BatchKeys
     max_new_tokens: int | None
     note: str = ""
+    beside: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self._ledger = Ledger(self.journal.folder / "ledger.json")
         self.decoders: dict[str, SplitDecoder] = {}
+
+    @property
+    def intent(self) -> str:
+        """What is asked and how it is decoded, known before any data is seen."""
+        return repr([self.asked, sorted(self._decode_settings().items())])
 
     def measure(self, one: Batch, repeats: int, precision: str | None = None) -> LatencyTable:
         """Measure on one sample; a resumed calibration uses the table it began with."""
@@ -226,8 +233,9 @@ class Calibration:
     def _enter(self, proposal: Proposal, clusters: Sequence[str]) -> tuple[float, str]:
         """Write the tests to come into the ledger; return the risk of error over all, and what to note of it."""
         asked = self.asked
-        question = repr([proposal.chain_hash, proposal.groups, asked, sorted(self._decode_settings().items())])
-        entry = Entry.of(clusters, fingerprint(self.model), question, 1 - asked.confidence_level)
+        question = f"{proposal.chain_hash} {proposal.groups} {self.intent}"
+        risk = 1 - asked.confidence_level
+        entry = Entry.of(clusters, fingerprint(self.model), question, risk, self.intent, self.beside)
         earlier, others = self._ledger.enter(entry, asked.reuse), self._ledger.other_weights(entry)
         notes = [f"Some of these samples certified {others} other model(s) before."] if others else []
         if earlier:

@@ -24,6 +24,8 @@ class Entry:
         question: hash of all else that decides the result: the chain, the promises, how it is decoded, level and seed.
         risk: the chance of error it was given, ``1 - confidence_level``.
         after: questions of the same weights and some of the same clusters that were answered before.
+        intent: hash of what the question was to be before the data was seen: all but the chain.
+        beside: the intents of what was asked at the same time.
     """
 
     clusters: tuple[str, ...]
@@ -31,12 +33,23 @@ class Entry:
     question: str
     risk: float
     after: tuple[str, ...] = ()
+    intent: str = ""
+    beside: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, clusters: Iterable[str], fingerprint: str, question: str, risk: float) -> Entry:
-        """Return the entry of clusters by name and a question in full."""
+    def of(
+        cls,
+        clusters: Iterable[str],
+        fingerprint: str,
+        question: str,
+        risk: float,
+        intent: str = "",
+        beside: Iterable[str] = (),
+    ) -> Entry:
+        """Return the entry of clusters by name and of a question and intents in full."""
         names = tuple(sorted({_digest(name) for name in clusters}))
-        return cls(names, fingerprint, _digest(question), risk)
+        others = tuple(sorted(map(_digest, beside)))
+        return cls(names, fingerprint, _digest(question), risk, intent=_digest(intent), beside=others)
 
 
 class Ledger:
@@ -63,7 +76,8 @@ class Ledger:
         """
         mine = [e for e in self._before if e.fingerprint == entry.fingerprint and set(e.clusters) & set(entry.clusters)]
         again = next((e for e in mine if (e.question, e.clusters) == (entry.question, entry.clusters)), None)
-        earlier = [e for e in mine if again is None or e.question in again.after]
+        # What was asked at the same time was not chosen by any result, even where a stop came between the answers.
+        earlier = [e for e in mine if (again is None or e.question in again.after) and entry.intent not in e.beside]
         if earlier and again is None and reuse == "refuse":
             raise ValueError(
                 f"Some of these samples have tested {len(earlier)} other chain(s) of policies of these weights before "
@@ -90,7 +104,7 @@ class Ledger:
             return []
         try:
             entries = json.loads(self.path.read_text(encoding="utf-8"))
-            return [Entry(**e | {k: tuple(e[k]) for k in ("clusters", "after")}) for e in entries]
+            return [Entry(**e | {k: tuple(e[k]) for k in ("clusters", "after", "beside")}) for e in entries]
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{self.path} must list the tests made on this data, and cannot be read ({error!r}); if you know that "

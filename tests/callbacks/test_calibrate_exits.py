@@ -79,6 +79,30 @@ def test_two_at_once_need_two_files(module, make_loader, make_trainer, tmp_path)
         make_trainer(calibrate(keep=0.5), calibrate(keep=0.3))
 
 
+def test_two_at_once_stopped_between_them_go_on(module, make_loader, make_trainer, tmp_path, monkeypatch):
+    """The second was not chosen by the first one's result, though it is tested after that."""
+    how = {0.05: str(tmp_path / "a.json"), 0.04: str(tmp_path / "b.json")}
+
+    def two():
+        return [calibrate(keep=keep, out=out) for keep, out in how.items()]
+
+    whole, saved = two(), ExitPolicy.save
+    with monkeypatch.context() as patch:
+
+        def stop(self, path):
+            saved(self, path)
+            raise KeyboardInterrupt
+
+        patch.setattr(ExitPolicy, "save", stop)
+        with pytest.raises(BaseException):  # noqa: B017, PT011  # Lightning leaves by SystemExit or what it was given
+            make_trainer(*two()).validate(module, make_loader(), verbose=False)
+    assert not (tmp_path / "b.json").exists()
+    with pytest.raises(ValueError, match="have tested 1 other chain"):  # it alone may have been chosen since
+        make_trainer(calibrate(keep=0.03)).validate(module, make_loader(), verbose=False)
+    make_trainer(*whole).validate(module, make_loader(), verbose=False)
+    assert [cb.policy.certificate.confidence_level for cb in whole] == [0.95, 0.95]
+
+
 def test_the_state_key_holds_nothing_that_is_tuned():
     one = calibrate(out="a.json")
     other = calibrate(out="a.json", keep=0.9, confidence_level=0.8, fit_samples=3, latency_repeats=7, seed=4)
