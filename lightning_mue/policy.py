@@ -38,7 +38,7 @@ projected by each layer's own weights (CALM); or the projected K/V are copied up
 means to do; as released it leaves holes)."""
 
 
-PRECISIONS = (None, "bfloat16", "float16")
+PRECISIONS = (None, "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,12 @@ class ExitPolicy:
     def full_depth(cls) -> ExitPolicy:
         """Return the policy that never leaves early: the plain model."""
         return cls()
+
+    @property
+    def runtime(self) -> str:
+        """What it was calibrated for: ``torch`` if nothing says otherwise; 8 bits need ONNX Runtime."""
+        calibrated = self.certificate.decode.get("runtime") if self.certificate is not None else None
+        return calibrated or ("onnxruntime" if self.precision == "int8" else "torch")
 
     @property
     def is_full_depth(self) -> bool:

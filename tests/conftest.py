@@ -17,6 +17,13 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Graphs that are kept between runs must not be those of another version of the code."""
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache"))):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_environment():
     """Lightning's DDP leaves LOCAL_RANK behind; a process started later would wait for ranks that never come."""

@@ -10,10 +10,12 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 
+from lightning_mue.backbones.pieces import Head, LayerPieces, bart_pieces
 from lightning_mue.backbones.stream import LayerKV
 
 
@@ -98,6 +100,21 @@ class BartDecoderStream:
         return self._decoder.layers[k - 1](
             h_BTD, self_mask, memory_BSD, encoder_attention_mask=memory_mask, past_key_values=None, use_cache=False
         )
+
+    def pieces(self, k: int) -> LayerPieces:
+        """Layer ``k`` cut at its attentions."""
+        return bart_pieces(self._decoder.layers[k - 1], self.num_heads, self._prenorm)
+
+    @property
+    def head_piece(self) -> nn.Module:
+        """Final norm and head as one module."""
+        return Head(self._norm, self._head)
+
+    def head_weights(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Matrix and bias of the head, as float32 arrays that share the parameters' memory where they can."""
+        weight, bias = (None if p is None else p.detach().float() for p in (self._head.weight, self._head.bias))
+        assert weight is not None
+        return weight.numpy(), None if bias is None else bias.numpy()
 
     def norm(self, h_BTD: Tensor) -> Tensor:
         """The final norm; nothing is left to apply where layers are post-norm."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Florence2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -19,6 +19,7 @@ from lightning_mue.backbones.stream import (
     EncoderKind,
     EncoderStream,
     Inputs,
+    LayerCall,
     Outputs,
     StreamState,
     TokenProcessor,
@@ -53,13 +54,21 @@ class DaViTStream:
         h_BCHW = self._tower.convs[self._stage](h_BCHW)
         return StreamState(h_BCHW.flatten(2).transpose(1, 2), grid=(h_BCHW.shape[2], h_BCHW.shape[3]))
 
+    def call(self, k: int, state: StreamState) -> LayerCall:
+        """One spatial + channel block; its windows fix the picture's size."""
+        assert state.grid is not None
+        return LayerCall(_Block(self._tower.blocks[self._stage][k - 1], *state.grid), (state.h_BTD,), ((0,),))
+
     def layer(self, k: int, state: StreamState) -> Tensor:
-        """Run one spatial + channel block."""
-        return self._tower.blocks[self._stage][k - 1](_to_picture(state)).flatten(2).transpose(1, 2)
+        """Run one block."""
+        assert state.grid is not None
+        h_BCHW = self._tower.blocks[self._stage][k - 1](_to_picture(state.h_BTD, *state.grid))
+        return h_BCHW.flatten(2).transpose(1, 2)
 
     def epilogue(self, state: StreamState) -> Tensor:
         """Run the later stages and the projector: image features ``[B, image tokens, text width]``."""
-        h_BCHW = _to_picture(state)
+        assert state.grid is not None
+        h_BCHW = _to_picture(state.h_BTD, *state.grid)
         for i in range(self._stage + 1, self._tower.num_stages):
             h_BCHW = self._tower.convs[i](h_BCHW)
             for block in self._tower.blocks[i]:
@@ -140,6 +149,15 @@ class Florence2View:
         return build_processors(settings, prefix_allowed_tokens_fn, prompts)
 
 
-def _to_picture(state: StreamState) -> Tensor:
-    assert state.grid is not None
-    return state.h_BTD.transpose(1, 2).unflatten(2, state.grid)
+class _Block(nn.Module):
+    def __init__(self, block: nn.Module, height: int, width: int) -> None:
+        super().__init__()
+        self.block, self.height, self.width = block, height, width
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        h_BCHW: Tensor = self.block(_to_picture(h_BTD, self.height, self.width))
+        return h_BCHW.flatten(2).transpose(1, 2)
+
+
+def _to_picture(h_BTD: Tensor, height: int, width: int) -> Tensor:
+    return h_BTD.transpose(1, 2).unflatten(2, (height, width))

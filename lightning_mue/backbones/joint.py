@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_mue.backbones.bart import final_norm
-from lightning_mue.backbones.stream import Inputs, Outputs, StreamState, additive_mask
+from lightning_mue.backbones.stream import Inputs, LayerCall, Outputs, StreamState, additive_mask
 
 
 class EncoderLayers:
@@ -22,6 +22,10 @@ class EncoderLayers:
         self._model, self._layers, self._norm = model, encoder.layers, final_norm(encoder)
         self.num_layers, self.width = len(self._layers), encoder.config.d_model
 
+    def call(self, k: int, state: StreamState) -> LayerCall:
+        """One encoder layer."""
+        return encoder_call(_EncoderLayer(self._layers[k - 1]), state.h_BTD, state.mask)
+
     def layer(self, k: int, state: StreamState) -> Tensor:
         """Run one encoder layer."""
         return self._layers[k - 1](state.h_BTD, state.mask)
@@ -29,6 +33,22 @@ class EncoderLayers:
     def epilogue(self, state: StreamState) -> Tensor:
         """The final norm, where layers are pre-norm: the memory, or this modality's part of it."""
         return self._norm(state.h_BTD)
+
+
+class _EncoderLayer(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, h_BTD: Tensor, mask: Tensor | None = None) -> Tensor:
+        result_BTD: Tensor = self.layer(h_BTD, mask)
+        return result_BTD
+
+
+def encoder_call(module: nn.Module, *tensors: Tensor | None) -> LayerCall:
+    """Return a call with states ``[B, T, D]`` and, if there is one, a mask ``[B, 1, 1, S]``."""
+    given = tuple(tensor for tensor in tensors if tensor is not None)
+    return LayerCall(module, given, tuple((0, 3) if tensor.ndim == 4 else (0, 1) for tensor in given))
 
 
 class JointEncoderStream(EncoderLayers):

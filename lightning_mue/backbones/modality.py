@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mue.backbones.bart import is_prenorm
-from lightning_mue.backbones.joint import EncoderLayers, joint_embedding
-from lightning_mue.backbones.stream import EncoderKind, Inputs, Outputs, StreamState, additive_mask
+from lightning_mue.backbones.joint import EncoderLayers, encoder_call, joint_embedding
+from lightning_mue.backbones.stream import EncoderKind, Inputs, LayerCall, Outputs, StreamState, additive_mask
 
 
 class ImageStream(EncoderLayers):
@@ -52,13 +52,29 @@ class TextStream(EncoderLayers):
         both = None if valid_BT is None else torch.cat([torch.ones_like(image_BN, dtype=torch.bool), valid_BT], 1)
         return StreamState(h_BTD, valid_BT, additive_mask(both, h_BTD.dtype), done["image"])
 
+    def call(self, k: int, state: StreamState) -> LayerCall:
+        """One encoder layer."""
+        if state.beside_BSD is None:
+            return super().call(k, state)
+        module = _ReadingLayer(self._layers[k - 1], self._prenorm)
+        return encoder_call(module, state.h_BTD, state.beside_BSD, state.mask)
+
     def layer(self, k: int, state: StreamState) -> Tensor:
         """Run one encoder layer."""
-        if state.beside_BSD is None:
-            return super().layer(k, state)
-        layer, both_BSD = self._layers[k - 1], torch.cat([state.beside_BSD, state.h_BTD], 1)
-        read_BSD = layer.self_attn_layer_norm(both_BSD) if self._prenorm else both_BSD
-        return layer(state.h_BTD, state.mask, key_value_states=read_BSD)
+        return super().layer(k, state) if state.beside_BSD is None else self.call(k, state)()
+
+
+class _ReadingLayer(nn.Module):
+    """An encoder layer that also reads states beside its own."""
+
+    def __init__(self, layer: Any, prenorm: bool) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, layer.self_attn_layer_norm if prenorm else nn.Identity()
+
+    def forward(self, h_BTD: Tensor, beside_BSD: Tensor, mask: Tensor | None = None) -> Tensor:
+        read_BSD = self.norm(torch.cat([beside_BSD, h_BTD], 1))
+        result_BTD: Tensor = self.layer(h_BTD, mask, key_value_states=read_BSD)
+        return result_BTD
 
 
 def modality_streams(model: Any, kind: EncoderKind) -> tuple[ImageStream, TextStream]:

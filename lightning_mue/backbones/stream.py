@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lightning_mue.backbones.pieces import LayerPieces
 
 Inputs = Mapping[str, Any]
 Outputs = Mapping[str, Tensor]
@@ -52,6 +55,26 @@ class StreamState:
         return replace(self, h_BTD=h_BTD)
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """One run of a layer as what it is: a module, and tensors of which the first are the states.
+
+    Args:
+        module: tensors -> new states ``[B, T, D]``.
+        tensors: what it is given.
+        free: for each tensor, the axes along which another call may be of another size.
+    """
+
+    module: nn.Module
+    tensors: tuple[Tensor, ...]
+    free: tuple[tuple[int, ...], ...]
+
+    def __call__(self) -> Tensor:
+        """Run it."""
+        result_BTD: Tensor = self.module(*self.tensors)
+        return result_BTD
+
+
 class EncoderStream(Protocol):
     """A stream left once per sample (vision, encoder, image, text)."""
 
@@ -62,8 +85,11 @@ class EncoderStream(Protocol):
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
         """Return the states that enter layer 1; ``done`` holds what the streams before this one gave."""
 
+    def call(self, k: int, state: StreamState) -> LayerCall:
+        """Return what runs layer ``k`` (counted from 1) on these states."""
+
     def layer(self, k: int, state: StreamState) -> Tensor:
-        """Run layer ``k`` (counted from 1) and return the new states ``[B, T, D]``."""
+        """Run layer ``k`` and return the new states ``[B, T, D]``."""
 
     def epilogue(self, state: StreamState) -> Tensor:
         """Return what later streams (or the decoder) read."""
@@ -107,6 +133,16 @@ class DecoderStream(Protocol):
         self, k: int, h_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor | None, memory_mask: Tensor | None
     ) -> Tensor:
         """Run layer ``k`` on a whole sequence without a cache (training)."""
+
+    def pieces(self, k: int) -> LayerPieces:
+        """Return layer ``k`` cut at its attentions, for a runtime of graphs."""
+
+    @property
+    def head_piece(self) -> nn.Module:
+        """Return norm and head as one module: states ``[N, D]`` -> logits ``[N, V]``."""
+
+    def head_weights(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the head's matrix ``[V, D]`` and bias ``[V]`` or None, float32 arrays, shared where they can be."""
 
     def norm(self, h_BTD: Tensor) -> Tensor:
         """Apply the backbone's final norm (identity for post-norm layers)."""

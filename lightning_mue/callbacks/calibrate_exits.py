@@ -59,12 +59,12 @@ class CalibrateExits(L.Callback):
         estimate: with too few samples to certify anything, choose by an estimate, which promises nothing.
         reuse: whether samples that certified another chain of these weights are refused, or spend confidence.
         lower_precision: precisions that compete with leaving early, each with the best policies and full depth; the
-            promise is against full depth in the model's own. ``["bfloat16"]`` if not given.
+            promise is against full depth in the model's own. If not given ``bfloat16``, in ONNX Runtime ``int8``.
+        runtime: what runs the layers, ``torch`` or ``onnxruntime``; the policy is then for that.
         frequencies: file of document frequencies for ``cider``; those of the training references if not given.
         seed: of the certificate's one permutation.
         max_new_tokens: of each answer; the generation config's if not given.
-        model: attribute of the LightningModule that holds the backbone; if not given, that of MultiExitSupervision in
-            the same trainer, else ``model``.
+        model: attribute that holds the backbone; if not given, that of MultiExitSupervision here, else ``model``.
         out: where the policy goes; ``policy.json`` beside the checkpoint if not given. Two instances in one trainer
             must name two files.
         folder: of the journal that lets an interrupted calibration go on; ``<default_root_dir>/calibration``.
@@ -90,6 +90,7 @@ class CalibrateExits(L.Callback):
         estimate: bool = True,
         reuse: Reuse = "refuse",
         lower_precision: list[str] | None = None,
+        runtime: str = "torch",
         frequencies: str | None = None,
         seed: int = 0,
         max_new_tokens: int | None = None,
@@ -106,7 +107,8 @@ class CalibrateExits(L.Callback):
         self.keep, self.confidence_level, self.seed = keep, confidence_level, seed
         self.metric, self.promises = metric or "", promises  # chosen when the data is known
         self.latency_ms, self.speedup = latency_ms, speedup
-        self.lower_precision = ["bfloat16"] if lower_precision is None else lower_precision
+        lowest = "bfloat16" if runtime == "torch" else "int8"
+        self.lower_precision, self.runtime = [lowest] if lower_precision is None else lower_precision, runtime
         self.estimate, self.reuse, self.frequencies = estimate, reuse, frequencies
         self.max_new_tokens, self.model, self.out, self.folder = max_new_tokens, model, out, folder
         self.latency_repeats, self.fit_samples = latency_repeats, fit_samples
@@ -179,7 +181,7 @@ class CalibrateExits(L.Callback):
         asked = Asked(self._promised, self.confidence_level, self.seed, self.estimate, self.reuse, *budget)
         scoring = Scoring(trainer, [promise.metric for promise in asked.promises], self.frequencies)
         journal = open_journal(trainer, model, scoring, self.max_new_tokens, self.folder)
-        self._run = Calibration(trainer, model, asked, scoring, journal, self.keys, self.max_new_tokens)
+        self._run = Calibration(trainer, model, asked, scoring, journal, self.keys, self.max_new_tokens, self.runtime)
         self._paths, self._certifies, self._one, self._seen = [], {}, None, 0
 
     def on_validation_batch_end(

@@ -40,6 +40,7 @@ from lightning_mue.callbacks.ledger import Entry, Ledger, Reuse
 from lightning_mue.callbacks.scoring import Scoring
 from lightning_mue.inference.engine import in_precision
 from lightning_mue.inference.profile import device_name, measure_latency
+from lightning_mue.inference.runtime import make_runtime
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.promise import Promise
@@ -88,6 +89,7 @@ class Calibration:
         journal: of finished pieces.
         keys: of the batches.
         max_new_tokens: of each answer; the generation config's if not given.
+        runtime: what runs the layers.
         note: what the certificate says beside the promise.
         beside: the intents of other calibrations at the same time.
     """
@@ -99,6 +101,7 @@ class Calibration:
     journal: Journal
     keys: BatchKeys
     max_new_tokens: int | None
+    runtime: str = "torch"
     note: str = ""
     beside: Sequence[str] = ()
 
@@ -114,14 +117,15 @@ class Calibration:
     def measure(self, one: Batch, repeats: int, precision: str | None = None) -> LatencyTable:
         """Measure on one sample; a resumed calibration uses the table it began with."""
         device = next(self.model.parameters()).device
-        setting = [device_name(device), torch.get_num_threads(), repeats, precision]
+        setting = [device_name(device), torch.get_num_threads(), repeats, precision, self.runtime]
         path = self.journal.path("latency", setting, ".json")
         if not path.exists():
             model = in_precision(self.model, precision)
             inputs = {k: v.to(device) for k, v in one.items() if hasattr(v, "to")}
             dtype = next(model.parameters()).dtype
             inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-            measure_latency(model, inputs, repeats, self.max_new_tokens).save(path)
+            runtime = make_runtime(self.runtime, view(model), precision)
+            measure_latency(model, inputs, repeats, self.max_new_tokens, runtime).save(path)
         found = LatencyTable.from_json(path.read_text(encoding="utf-8"), str(path))
         if found.device != setting[0]:
             raise ValueError(
@@ -248,12 +252,12 @@ class Calibration:
         corpus = {name: value for name, value in self.scoring.key.items() if name != "metrics"}
         if self.keys.group is not None:
             corpus["group_by"] = self.keys.group
-        how = {"answers": closed, "precision": precision, "batching": "per row"}
+        how = {"answers": closed, "precision": precision, "batching": "per row", "runtime": self.runtime}
         return {**view(self.model).decode_settings(self.max_new_tokens).plain, **how, **corpus}
 
     def _is_simulated_exactly(self, policy: ExitPolicy) -> bool:
-        """Whether a recorded full-depth decode tells which outputs a policy changes: only the decoder leaves early."""
-        plain = policy.kv_fill == "just-in-time" and policy.precision is None
+        """Whether a full-depth decode, recorded in torch, tells which outputs change: only the decoder leaves early."""
+        plain = policy.kv_fill == "just-in-time" and policy.precision is None and self.runtime == "torch"
         return plain and set(policy.rules) == {"decoder"} and next(self.model.parameters()).dtype == torch.float32
 
     def _unchanged(self, policy: ExitPolicy, trace: Trace | None = None) -> list[str]:
@@ -268,7 +272,7 @@ class Calibration:
         """Do a task, on all ranks; full depth is decoded first."""
         split, groups, policy, unchanged = task
         if split not in self.decoders:
-            more = (self.scoring, self.max_new_tokens, self.journal, self.keys, split, groups)
+            more = (self.scoring, self.max_new_tokens, self.journal, self.keys, split, groups, self.runtime)
             self.decoders[split] = SplitDecoder(self.trainer, self.model, *more)
         decoder = self.decoders[split]
         return decoder.signals() if policy is None else decoder(policy, unchanged)

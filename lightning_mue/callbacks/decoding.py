@@ -51,6 +51,7 @@ class SplitDecoder:
         keys: of the batches.
         split: ``certify``, or ``propose``: the rest.
         groups: only samples of these are decoded; None: all.
+        runtime: what runs the layers.
     """
 
     def __init__(
@@ -63,23 +64,24 @@ class SplitDecoder:
         keys: BatchKeys,
         split: str = "certify",
         groups: Container[str] | None = None,
+        runtime: str = "torch",
     ) -> None:
         self._trainer, self._model, self._scoring, self._split = trainer, model, scoring, split
         self._max_new_tokens, self._journal, self._keys = max_new_tokens, journal, keys
         backbone = view(model)
         self._wanted, settings = backbone.generate_inputs, backbone.decode_settings(max_new_tokens)
         self._prefix_fn = answer_constraint(trainer, settings.end_ids[0])
-        self._groups, self._full = groups, dict[str, dict[str, Any]]()
+        self._groups, self._runtime, self._full = groups, runtime, dict[str, dict[str, Any]]()
 
     def __call__(self, policy: ExitPolicy, unchanged: Collection[str] = ()) -> Decoded:
         """Decode the split under ``policy``; full depth must come first.
 
         Samples that are known to come out ``unchanged`` are not decoded again.
         """
-        engine = ExitEngine(self._model, policy, check_fingerprint=False)
+        engine = ExitEngine(self._model, policy, check_fingerprint=False, runtime=self._runtime)
         mine: list[dict[str, Any]] = []
         for batch in self._read(f"{_DOING[self._split]}: {policy.depths_in_words()[:60]}", unchanged):
-            parts = [policy.to_json(), content(batch)]
+            parts = [policy.to_json(), content(batch), self._runtime]
             mine.append(self._journal.piece("decoded", parts, partial(self._decode, engine, batch)))
         rows = [row for piece in gather(mine) for row in piece["rows"]]
         if policy.is_full_depth:

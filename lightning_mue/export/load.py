@@ -15,12 +15,13 @@ from lightning_mue.inference.engine import ExitEngine
 from lightning_mue.policy import ExitPolicy
 
 
-def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> ExitEngine:
+def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu", runtime: str | None = None) -> ExitEngine:
     """Read a bundle that ``freeze`` wrote; no Lightning, no network, no pickle.
 
     Args:
         folder: of the bundle.
         device: where the model goes.
+        runtime: as of `ExitEngine`.
 
     Returns:
         An engine in eval mode, with the bundle's processor if it has one.
@@ -43,4 +44,4 @@ def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
         )
     model = load_files(folder, config).to(device)
     processor = Processor.load(folder / PROCESSOR) if (folder / PROCESSOR).is_dir() else None
-    return ExitEngine(model, policy, check_fingerprint=False, processor=processor)
+    return ExitEngine(model, policy, check_fingerprint=False, processor=processor, runtime=runtime)

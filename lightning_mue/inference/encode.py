@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +41,16 @@ def encode(
     rules: Mapping[str, ExitRule],
     stopwatch: Stopwatch,
     on_exit: OnExit | None = None,
+    streams: Sequence[EncoderStream] | None = None,
 ) -> Encoded:
-    """Run all streams before the decoder under their rules; a stream without a rule runs at full depth."""
+    """Run all streams before the decoder under their rules; a stream without a rule runs at full depth.
+
+    ``streams`` are the backbone's, run by something else; its own if not given.
+    """
     outputs: dict[str, Tensor] = {}
     depths: dict[str, Tensor] = {}
     layer_runs: dict[str, int] = {}
-    for stream in backbone.encoders:
+    for stream in backbone.encoders if streams is None else streams:
         with stopwatch.part(stream.name):
             state = stream.prologue(inputs, outputs)
             h_BTD, depth_B, runs = _climb(stream, exits, state.at(state.h_BTD), rules.get(stream.name), on_exit)

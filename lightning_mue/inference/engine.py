@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones import Backbone, fingerprint, num_layers, view
+from lightning_mue.backbones import Backbone, DecodeSettings, fingerprint, num_layers, view
 from lightning_mue.backbones.prompt import read_prompts
 from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.answers import only_answers
-from lightning_mue.inference.encode import OnExit, encode
+from lightning_mue.inference.encode import Encoded, OnExit, encode
 from lightning_mue.inference.output import ExitOutput, joined
 from lightning_mue.inference.rows import PrefixFn, constraint_of, rows_of
+from lightning_mue.inference.runtime import make_runtime
 from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, decode
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
@@ -47,21 +50,30 @@ class ExitEngine:
         policy: what may be left when.
         check_fingerprint: refuse a policy made for other weights (hashing all weights takes a moment).
         processor: makes tensors of pictures and prompts and text of tokens; only ``answer`` needs it.
+        runtime: what runs the layers, one of ``runtime.RUNTIMES``: the backbone's own in torch, or graphs in ONNX
+            Runtime on the CPU. The same tokens in float32; if not given, what the policy was calibrated for.
 
     Raises:
         ValueError: the policy names unknown streams, layers or signals, or belongs to other weights.
+        ImportError: the runtime is not installed.
     """
 
     def __init__(
-        self, model: nn.Module, policy: ExitPolicy, check_fingerprint: bool = True, processor: Any = None
+        self,
+        model: nn.Module,
+        policy: ExitPolicy,
+        check_fingerprint: bool = True,
+        processor: Any = None,
+        runtime: str | None = None,
     ) -> None:
-        self.original = model.eval()
+        self.original, self.runtime = model.eval(), runtime or policy.runtime
         self.model = in_precision(model, policy.precision)
         self.processor = processor
         self.backbone: Backbone = view(self.model)
         self.exits: Exits | None = attached(self.model)
         self.policy = policy
         check_policy(policy, self.backbone, self.exits)
+        self._runtime = make_runtime(self.runtime, self.backbone, policy.precision)
         if check_fingerprint and policy.fingerprint is not None and policy.fingerprint != (found := fingerprint(model)):
             raise ValueError(
                 f"The policy was calibrated for weights with fingerprint {policy.fingerprint}, this model has {found}; "
@@ -99,12 +111,11 @@ class ExitEngine:
                 f"The policy leaves early for the groups {list(self.policy.groups)} alone: `groups` must name one for "
                 f"each of {size} rows, got {groups if groups is None else len(groups)}"
             )
-        full = ExitEngine(self.original, ExitPolicy(certificate=self.policy.certificate), check_fingerprint=False)
         parts = []
-        for engine, mine in ((self, rows), (full, sorted({*range(size)} - {*rows}))):
+        for engine, mine in zip(self._by_group, (rows, sorted({*range(size)} - {*rows})), strict=True):
             if mine:
                 allowed, given = constraint_of(prefix_allowed_tokens_fn, mine), rows_of(inputs, names, mine)
-                parts.append((mine, engine._run(max_new_tokens, allowed, timings, given)[0]))
+                parts.append((mine, engine.run(max_new_tokens, allowed, timings, given)[0]))
         return joined(parts, size, self.backbone.decode_settings(None).pad_id)
 
     def answer(
@@ -168,30 +179,17 @@ class ExitEngine:
         """
         if self.policy.groups is not None:
             raise ValueError(f"The policy leaves early for the groups {list(self.policy.groups)} alone: use `generate`")
-        return self._run(max_new_tokens, prefix_fn, timings, inputs, on_exit, forced)
-
-    def _run(
-        self,
-        max_new_tokens: int | None,
-        prefix_fn: PrefixFn | None,
-        timings: bool,
-        inputs: dict[str, Any],
-        on_exit: OnExit | None = None,
-        forced: Sequence[Sequence[int]] | None = None,
-    ) -> tuple[ExitOutput, TorchExecutor]:
-        _check_inputs(inputs)
-        inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
-        if self.policy.precision is not None:
-            dtype = getattr(torch, self.policy.precision)
-            inputs = {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
         if max_new_tokens is None and self.policy.certificate is not None:
             max_new_tokens = self.policy.certificate.decode.get("max_new_tokens")  # what was certified
+        inputs = self._given(inputs)
         settings = self.backbone.decode_settings(max_new_tokens)
         watch = Stopwatch(next(self.model.parameters()).device, timings)
         with watch.part("total"):
-            encoded = encode(self.backbone, self.exits, inputs, self.policy.rules, watch, on_exit)
+            encoded = encode(
+                self.backbone, self.exits, inputs, self.policy.rules, watch, on_exit, self._runtime.streams
+            )
             prompts = read_prompts(inputs, len(encoded.memory_BSD), settings.start_id)
-            executor = TorchExecutor(
+            executor = self._runtime.executor(
                 self.backbone,
                 self.exits,
                 encoded.memory_BSD,
@@ -207,22 +205,47 @@ class ExitEngine:
                 settings.end_ids,
                 settings.max_new_tokens,
             )
-        sequences, depths = _as_tensors(record, settings.start_id, settings.pad_id)
-        output = ExitOutput(
-            sequences.to(encoded.memory_BSD.device),
-            encoded.depths | {"decoder": depths},
-            encoded.layer_runs | {"decoder": record.layer_runs},
-            torch.tensor([len(prompt) - 1 for prompt in prompts]),
-            record.pairs,
-            record.filled,
-            watch.ms,
-        )
-        return output, executor
+        return _output(encoded, record, settings, prompts, watch), executor
+
+    @cached_property
+    def _by_group(self) -> tuple[ExitEngine, ExitEngine]:
+        """What answers the rows of the policy's groups, and all others."""
+        how: dict[str, Any] = {"check_fingerprint": False, "runtime": self.runtime}
+        plain = ExitPolicy(certificate=self.policy.certificate)
+        return ExitEngine(self.model, replace(self.policy, groups=None), **how), ExitEngine(self.original, plain, **how)
+
+    def _given(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return what the backbone reads of the inputs, in the precision that it computes in."""
+        _check_inputs(inputs)
+        inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
+        if self.policy.precision is None:
+            return inputs
+        dtype = next(self.model.parameters()).dtype
+        return {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+
+
+def _output(
+    encoded: Encoded,
+    record: DecodeRecord,
+    settings: DecodeSettings,
+    prompts: Sequence[Sequence[int]],
+    watch: Stopwatch,
+) -> ExitOutput:
+    sequences, depths = _as_tensors(record, settings.start_id, settings.pad_id)
+    return ExitOutput(
+        sequences.to(encoded.memory_BSD.device),
+        encoded.depths | {"decoder": depths},
+        encoded.layer_runs | {"decoder": record.layer_runs},
+        torch.tensor([len(prompt) - 1 for prompt in prompts]),
+        record.pairs,
+        record.filled,
+        watch.ms,
+    )
 
 
 def in_precision(model: nn.Module, precision: str | None) -> nn.Module:
     """Return the model if it computes in this precision, else a copy of it that does."""
-    dtype = next(model.parameters()).dtype if precision is None else getattr(torch, precision)
+    dtype = next(model.parameters()).dtype if precision in (None, "int8") else getattr(torch, precision or "")
     return model if dtype == next(model.parameters()).dtype else copy.deepcopy(model).to(dtype)
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones import Backbone, StreamState, view
+from lightning_mue.backbones import Backbone, EncoderStream, StreamState, view
 from lightning_mue.backbones.prompt import read_prompts
 from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.encode import encode, stream_scores
 from lightning_mue.inference.record import DECODER_SIGNALS, STREAM_SIGNALS
+from lightning_mue.inference.runtime import Runtime
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
@@ -30,7 +31,11 @@ Pieces = dict[str, Callable[[], object]]
 
 @torch.inference_mode()
 def measure_latency(
-    model: nn.Module, inputs: dict[str, Any], repeats: int = 30, max_new_tokens: int | None = None
+    model: nn.Module,
+    inputs: dict[str, Any],
+    repeats: int = 30,
+    max_new_tokens: int | None = None,
+    runtime: Runtime | None = None,
 ) -> LatencyTable:
     """Return what each piece costs: medians over interleaved repeats, after a warm-up.
 
@@ -39,11 +44,14 @@ def measure_latency(
         inputs: of one sample (batch 1).
         repeats: of each piece.
         max_new_tokens: sizes the buffers as in serving.
+        runtime: what runs the layers; the backbone's own modules if not given.
     """
     model.eval()
     backbone, exits = view(model), attached(model)
     inputs = {name: inputs[name] for name in backbone.generate_inputs if inputs.get(name) is not None}
-    pieces = _stream_pieces(backbone, exits, inputs) | _decoder_pieces(backbone, exits, inputs, max_new_tokens)
+    runtime = runtime or Runtime(backbone.encoders, TorchExecutor)
+    pieces = _stream_pieces(runtime.streams, exits, inputs)
+    pieces |= _decoder_pieces(backbone, runtime, exits, inputs, max_new_tokens)
     ms = _time(pieces, repeats, next(model.parameters()).device)
     streams = {}
     for stream in backbone.encoders:
@@ -78,10 +86,10 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU"
 
 
-def _stream_pieces(backbone: Backbone, exits: Exits | None, inputs: dict[str, Any]) -> Pieces:
+def _stream_pieces(streams: Sequence[EncoderStream], exits: Exits | None, inputs: dict[str, Any]) -> Pieces:
     pieces: Pieces = {}
     done: dict[str, Tensor] = {}
-    for stream in backbone.encoders:
+    for stream in streams:
         state = stream.prologue(inputs, done)
         name, first = stream.name, state.h_BTD
         pieces[f"{name}.prologue"] = partial(stream.prologue, inputs, dict(done))
@@ -111,27 +119,27 @@ def _signals(exits: Exits | None, stream: str, signals: Sequence[str]) -> list[s
 
 
 def _decoder_pieces(
-    backbone: Backbone, exits: Exits | None, inputs: dict[str, Any], max_new_tokens: int | None
+    backbone: Backbone, runtime: Runtime, exits: Exits | None, inputs: dict[str, Any], max_new_tokens: int | None
 ) -> Pieces:
     settings = backbone.decode_settings(max_new_tokens)
     silent = Stopwatch(torch.device("cpu"), False)
-    memory_BSD = encode(backbone, exits, inputs, {}, silent).memory_BSD
+    memory_BSD = encode(backbone, exits, inputs, {}, silent, streams=runtime.streams).memory_BSD
     prompts = read_prompts(inputs, 1, settings.start_id)
     length = len(prompts[0]) - 1 + settings.max_new_tokens
     processors = backbone.token_processors(settings, None, prompts)
-    executor = TorchExecutor(backbone, exits, memory_BSD, backbone.memory_mask(inputs), length, processors, silent)
+    executor = runtime.executor(backbone, exits, memory_BSD, backbone.memory_mask(inputs), length, processors, silent)
     executor.embed([0], 0, [[settings.start_id] * length])
     for layer in range(1, executor.num_layers + 1):
-        executor.run_layer(layer, [0], 0, length)
+        executor.run_layer(layer, [(0, [0])], length)
     at, layer = length - 1, (executor.num_layers + 1) // 2
     pieces: Pieces = {
         "decoder.embed": partial(executor.embed, [0], at, [[settings.start_id]]),
         "decoder.head": partial(executor.choose, {executor.num_layers: [0]}, at),
-        "decoder.memory": partial(backbone.decoder.memory_kv, layer, memory_BSD),
+        "decoder.memory": partial(executor.memory_rows, layer, memory_BSD),
     }
     for m in BLOCK_SIZES:
         if m <= length:
-            pieces[f"decoder.layer{m}"] = partial(executor.run_layer, layer, [0], length - m, length)
+            pieces[f"decoder.layer{m}"] = partial(executor.run_layer, layer, [(length - m, [0])], length)
     if exits is not None and "decoder" in exits.layers:
         pieces["decoder.exit"] = partial(executor.choose, {exits.layers["decoder"][0]: [0]}, at)
     for signal in _signals(exits, "decoder", DECODER_SIGNALS):

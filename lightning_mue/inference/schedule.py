@@ -15,6 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+Blocks = Sequence[tuple[int, Sequence[int]]]
+"""The first position that is missing, and the rows that miss it; one block or more."""
+
 
 class Executor(Protocol):
     """Runs layers; the schedule says which. Rows, layers (from 1) and positions are integers, states stay inside."""
@@ -24,8 +27,8 @@ class Executor(Protocol):
     def embed(self, rows: Sequence[int], first: int, tokens: Sequence[Sequence[int]]) -> None:
         """Compute the states that enter layer 1 for new tokens, equally many per row, from position ``first`` on."""
 
-    def run_layer(self, layer: int, rows: Sequence[int], first: int, last: int) -> None:
-        """Push positions ``first .. last - 1`` of ``rows`` through one layer, writing its K/V."""
+    def run_layer(self, layer: int, pending: Blocks, last: int) -> None:
+        """Push positions ``first .. last - 1`` of each block's rows through one layer, writing its K/V."""
 
     def fill(self, mode: str, layer: int, rows: Sequence[int], first: int, last: int) -> None:
         """Make up one layer's K/V of positions ``first .. last - 1`` from the layer below, without running it."""
@@ -63,7 +66,7 @@ class DecodeRecord:
     Args:
         tokens: row -> tokens chosen, end token included, prompt left out.
         depths: row -> exit depth of each token.
-        layer_runs: layer executions (calls of ``run_layer``).
+        layer_runs: layer executions: blocks given to ``run_layer``.
         pairs: computed (position, layer) pairs.
         filled: (position, layer) pairs whose K/V were made up instead.
     """
@@ -160,12 +163,13 @@ class _Decoding:
 
     def _run_layer(self, layer: int, rows: list[int], last: int) -> None:
         """Compute what ``layer`` misses before position ``last``."""
-        for first, group in pending_blocks(self.frontier[layer], rows):
-            if first < last:
-                self.executor.run_layer(layer, group, first, last)
-                self.record.layer_runs += 1
-                self.record.pairs += (last - first) * len(group)
-                self._advance(layer, group, last)
+        pending = [(first, group) for first, group in pending_blocks(self.frontier[layer], rows) if first < last]
+        if pending:
+            self.executor.run_layer(layer, pending, last)
+            self.record.layer_runs += len(pending)
+        for first, group in pending:
+            self.record.pairs += (last - first) * len(group)
+            self._advance(layer, group, last)
 
     def _leaving(
         self, layer: int, rows: list[int], position: int, thresholds: Mapping[int, Mapping[int, float]]

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_mue.backbones import Backbone
 from lightning_mue.backbones.stream import TokenProcessor, causal_mask
 from lightning_mue.exits import Exits
+from lightning_mue.inference.schedule import Blocks
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.signals import NEEDS_LOGITS, OF_LOGITS, flat_similarity, similarity
 
@@ -75,8 +76,12 @@ class TorchExecutor:
             self._logits.clear()
             self._streaks.clear()
 
-    def run_layer(self, layer: int, rows: Sequence[int], first: int, last: int) -> None:
-        """Push a block of positions through one layer; its memory K/V are projected when rows first reach it."""
+    def run_layer(self, layer: int, pending: Blocks, last: int) -> None:
+        """Push blocks of positions through one layer; its memory K/V are projected when rows first reach it."""
+        for first, rows in pending:
+            self._run_block(layer, rows, first, last)
+
+    def _run_block(self, layer: int, rows: Sequence[int], first: int, last: int) -> None:
         self._project_memory(layer, rows)
         with self._watch.part("layers"):
             index = self._index(rows)
@@ -142,7 +147,11 @@ class TorchExecutor:
     def exit_logits(self, layer: int, index: Index, position: int) -> Tensor:
         """Return the processed logits ``[R, V]`` of an exit: adapter, shared norm, shared head."""
         h_RD = self._branch(layer, index, position)
-        return self._process(self._decoder.head(self._decoder.norm(h_RD)), index, position)
+        return self._process(self._head(h_RD), index, position)
+
+    def _head(self, h_RD: Tensor) -> Tensor:
+        """Return the logits of exit branches, ``[R, V]``."""
+        return self._decoder.head(self._decoder.norm(h_RD))
 
     def choose(self, exits: Mapping[int, Sequence[int]], position: int) -> dict[int, int]:
         """Arg-max tokens; exits whose logits the signal computed already cost nothing more."""
@@ -158,12 +167,14 @@ class TorchExecutor:
                 rows = [r for group in fresh.values() for r in group]
                 branches = [self._branch(k, self._index(group), position) for k, group in fresh.items()]
                 h_RD = torch.cat(branches) if len(branches) > 1 else branches[0]
-                logits_RV = self._decoder.head(self._decoder.norm(h_RD))
                 # Rows of several groups are out of order, so they are always indexed, never sliced.
                 index = self._index(rows) if len(fresh) == 1 else torch.tensor(rows, device=self.ids.device)
-                tokens = self._process(logits_RV, index, position).argmax(-1).tolist()
-                chosen |= dict(zip(rows, tokens, strict=True))
+                chosen |= dict(zip(rows, self._best(h_RD, index, position), strict=True))
             return chosen
+
+    def _best(self, h_RD: Tensor, index: Index, position: int) -> list[int]:
+        """Return the token that each exit branch chooses."""
+        return self._process(self._head(h_RD), index, position).argmax(-1).tolist()
 
     def _branch(self, layer: int, index: Index, position: int) -> Tensor:
         h_RD = self.states[layer, index, position]
@@ -189,7 +200,7 @@ class TorchExecutor:
             return
         with self._watch.part("memory"):
             index = self._index(missing)
-            key, value = self._decoder.memory_kv(layer, self._memory[index])
+            key, value = self.memory_rows(layer, self._memory[index])
             stored = self._memory_kv[layer]
             if stored is None and len(missing) == self.batch:
                 self._memory_kv[layer] = (key, value)
@@ -199,6 +210,10 @@ class TorchExecutor:
                     stored = self._memory_kv[layer] = (key.new_empty(shape), value.new_empty(shape))
                 stored[0][index], stored[1][index] = key, value
             self._projected[layer].update(missing)
+
+    def memory_rows(self, layer: int, memory_RSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return K and V of one layer's cross-attention, each ``[R, heads, S, D / heads]``."""
+        return self._decoder.memory_kv(layer, memory_RSD)
 
 
 class _RowsKV:

@@ -64,7 +64,8 @@ class WatchedEngine:
         self.engine, self.audits = engine, Audits(watch_all(subjects, confidence_level), share, seed)
         self._scorers = _checked(scorers or {}, self.audits.metrics, engine)
         full = ExitPolicy(certificate=certificate)  # decode settings that were certified hold at full depth too
-        self._full = ExitEngine(engine.original, full, check_fingerprint=False, processor=engine.processor)
+        same = {"processor": engine.processor, "runtime": engine.runtime}
+        self._full = ExitEngine(engine.original, full, check_fingerprint=False, **same)
         self._file, self._policy = Path(file) if file is not None else None, chain_hash([engine.policy])
         if self._file is not None and self._file.exists():
             self.audits.restore(self._file, self._policy)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import lightning as L
 import pytest
 import torch
@@ -208,6 +210,24 @@ def test_other_decode_settings_are_another_question(module, make_loader, make_tr
     make_trainer(calibrate(keep=0.05)).validate(module, make_loader(), verbose=False)
     with pytest.raises(ValueError, match="Some of these samples have tested 1 other chain"):
         make_trainer(calibrate(keep=0.05, max_new_tokens=3)).validate(module, make_loader(), verbose=False)
+
+
+def test_in_another_runtime_8_bits_compete(module, make_loader, make_trainer, tmp_path):
+    """What was calibrated there is measured and decoded there, and served there unless asked otherwise."""
+    callback = calibrate(keep=0.05, runtime="onnxruntime")
+    make_trainer(callback).validate(module, make_loader(), verbose=False)
+    assert callback.policy.certificate.decode["runtime"] == callback.policy.runtime == "onnxruntime"
+    candidates = [*callback.proposal.frontier, *callback.proposal.worth_decoding]
+    assert {c.policy.precision for c in candidates} <= {None, "int8"}
+    assert any(c.policy.precision == "int8" for c in callback.proposal.worth_decoding)
+    engine = ExitEngine(module.model, ExitPolicy.load(tmp_path / "run" / "policy.json"))
+    assert engine.runtime == "onnxruntime"
+    batch = next(iter(make_loader(4)))
+    expected = ExitEngine(module.model, replace(callback.policy, precision=None), runtime="torch")
+    if callback.policy.precision is None:
+        assert (
+            engine.generate(TOKENS, **batch).sequences.tolist() == expected.generate(TOKENS, **batch).sequences.tolist()
+        )
 
 
 def test_what_was_tested_goes_to_the_logger(module, make_loader, make_trainer):

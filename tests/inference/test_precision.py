@@ -33,5 +33,5 @@ def test_words_bytes_and_what_is_refused():
     assert not policy.is_full_depth
     assert policy.depths_in_words() == "full depth; in bfloat16"
     assert ExitPolicy.from_json(policy.to_json()) == policy
-    with pytest.raises(ValueError, match=r"`precision` must be one of .*, got 'int8'"):
-        ExitPolicy(precision="int8")
+    with pytest.raises(ValueError, match=r"`precision` must be one of .*, got 'int4'"):
+        ExitPolicy(precision="int4")

@@ -8,13 +8,28 @@ from lightning_mue.backbones import view
 from lightning_mue.exits import attached
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.encode import encode, stream_scores
+from lightning_mue.inference.ort_executor import OrtExecutor
 from lightning_mue.inference.stopwatch import Stopwatch
+from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.policy import ExitPolicy, ExitRule
 from tests import zoo
 
 STEPS = 12
+RUNTIME = "torch"
+"""What runs the decoder; conftest sets it in turn to each there is."""
+
 CLOSED = (11, 12, 13)
 """So few tokens that the exits of a random model often agree, which patience needs."""
+
+
+def engine_of(model, policy):
+    """Return the engine in the runtime of this turn."""
+    return ExitEngine(model, policy, runtime=RUNTIME)
+
+
+def executor_class():
+    """Return what executes in it."""
+    return {"torch": TorchExecutor, "onnxruntime": OrtExecutor}[RUNTIME]
 
 
 @torch.inference_mode()
@@ -23,7 +38,7 @@ def generate(model, policy, tensors, forced=None, closed=None):
     rule = policy.rules.get("decoder")
     closed = rule is not None and rule.signal == "patience" if closed is None else closed
     prefix_fn = (lambda _row, _ids: list(CLOSED)) if closed else None
-    return ExitEngine(model, policy).run(STEPS, prefix_fn, False, tensors, forced=forced)
+    return engine_of(model, policy).run(STEPS, prefix_fn, False, tensors, forced=forced)
 
 
 @torch.inference_mode()

@@ -8,14 +8,20 @@ import torch
 
 from lightning_mue.backbones import view
 from lightning_mue.calibration.simulate import simulate
-from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.compare import transformers_variant
 from lightning_mue.inference.record import record
-from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.latency import DecoderLatency
 from lightning_mue.policy import KV_FILLS, ExitPolicy, ExitRule
 from tests import reference, zoo
-from tests.invariants.policies import STEPS, assert_same_row, encoder_rules, generate, random_depths
+from tests.invariants.policies import (
+    STEPS,
+    assert_same_row,
+    encoder_rules,
+    engine_of,
+    executor_class,
+    generate,
+    random_depths,
+)
 from tests.invariants.test_simulator import LATENCY
 
 BACKBONES = list(zoo.BACKBONES)
@@ -114,7 +120,7 @@ def test_a_constraint_sees_the_answer_alone(name):
         shown.append((row, ids.tolist()))
         return [11, 12, 13] if len(ids) < 3 else [zoo.END]
 
-    found = ExitEngine(model, ExitPolicy.full_depth()).generate(STEPS, allowed, **tensors).sequences
+    found = engine_of(model, ExitPolicy.full_depth()).generate(STEPS, allowed, **tensors).sequences
     ours, shown[:] = list(shown), []
     plain = transformers_variant(model, STEPS, allowed)(tensors)
     assert found.tolist() == plain.tolist()
@@ -242,13 +248,13 @@ def test_simulated_time_is_that_of_the_blocks_that_run(name, monkeypatch):
     cost = DecoderLatency((1, 4), (1.0, 2.0), 0.3, 0.0, {"gate": 0.0})
     found = simulate(recorded(model, tensors), policy, replace(LATENCY, decoder=cost))
     others = simulate(recorded(model, tensors), ExitPolicy.full_depth(), replace(LATENCY, decoder=NOTHING)).ms
-    blocks, run_layer = [], TorchExecutor.run_layer
+    blocks, run_layer = [], executor_class().run_layer
 
-    def noting(self, layer, rows, first, last):
-        blocks.append((layer, last - first))
-        run_layer(self, layer, rows, first, last)
+    def noting(self, layer, pending, last):
+        blocks.extend((layer, last - first) for first, _ in pending)
+        run_layer(self, layer, pending, last)
 
-    monkeypatch.setattr(TorchExecutor, "run_layer", noting)
+    monkeypatch.setattr(executor_class(), "run_layer", noting)
     seen = 0
     for row in range(ROWS):
         blocks.clear()

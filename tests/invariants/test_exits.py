@@ -1,16 +1,16 @@
 """Invariants 3, 4 and 5: forced exits are static models, just-in-time K/V is exact, rows are independent."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from lightning_mue.backbones import num_layers, view
-from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.policy import KV_FILLS, SIGNAL_RANGES, ExitPolicy, ExitRule
 from lightning_mue.signals import NEEDS_LOGITS
 from tests import reference, zoo
-from tests.invariants.policies import STEPS, assert_same_row, decoder_rule, generate, mixed
+from tests.invariants.policies import STEPS, assert_same_row, decoder_rule, executor_class, generate, mixed
 
 BACKBONES = list(zoo.BACKBONES)
 STREAMS = [(name, stream) for name in BACKBONES for stream in zoo.exit_layers(name)]
@@ -64,15 +64,15 @@ def test_just_in_time_states_are_those_of_a_full_pass(name, signal, monkeypatch)
     model, tensors = zoo.shared(name), zoo.inputs(name, 4)
     rule = decoder_rule(model, name, tensors, signal)
     seen: dict[tuple[int, int, int], int] = {}
-    run_layer = TorchExecutor.run_layer
+    run_layer = executor_class().run_layer
 
-    def counting(self, layer, rows, first, last):
-        for row in rows:
-            for position in range(first, last):
+    def counting(self, layer, pending, last):
+        for first, rows in pending:
+            for row, position in itertools.product(rows, range(first, last)):
                 seen[layer, row, position] = seen.get((layer, row, position), 0) + 1
-        run_layer(self, layer, rows, first, last)
+        run_layer(self, layer, pending, last)
 
-    monkeypatch.setattr(TorchExecutor, "run_layer", counting)
+    monkeypatch.setattr(executor_class(), "run_layer", counting)
     out, executor = generate(model, ExitPolicy({"decoder": rule}), tensors)
     assert set(seen.values()) == {1}, "a (position, layer) was computed twice"
     assert (out.pairs, out.filled) == (len(seen), 0)

@@ -5,9 +5,9 @@ import torch
 
 from lightning_mue.backbones import EXITS, view
 from lightning_mue.exits import attach_exits, detach_exits
-from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import ExitPolicy, ExitRule
 from tests import reference, zoo
+from tests.invariants.policies import engine_of
 from tests.promises import certificate
 
 BACKBONES = list(zoo.BACKBONES)
@@ -37,7 +37,7 @@ def test_full_depth_equals_generate(name, batch, seed):
     model = zoo.shared(name, seed)
     tensors = zoo.inputs(name, batch, seed)
     expected = reference.generate(model, tensors, max_new_tokens=14)
-    found = ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors, max_new_tokens=14).sequences
+    found = engine_of(model, ExitPolicy.full_depth()).generate(**tensors, max_new_tokens=14).sequences
     assert found.tolist() == expected.tolist()
 
 
@@ -46,14 +46,14 @@ def test_the_mask_may_be_left_out_where_nothing_is_padded(name):
     model, tensors = zoo.shared(name), zoo.inputs(name, 1)
     expected = reference.generate(model, tensors).tolist()
     del tensors["attention_mask"]
-    assert ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors).sequences.tolist() == expected
+    assert engine_of(model, ExitPolicy.full_depth()).generate(**tensors).sequences.tolist() == expected
     assert view(model).generate(tensors, num_beams=1, do_sample=False).tolist() == expected
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_full_depth_logits_are_those_of_forward(name):
     model, tensors = zoo.shared(name), zoo.inputs(name, 4)
-    out, executor = ExitEngine(model, ExitPolicy.full_depth()).run(14, None, False, tensors)
+    out, executor = engine_of(model, ExitPolicy.full_depth()).run(14, None, False, tensors)
     ids = out.sequences[:, :-1]
     _, logits = reference.decoder_states(model, tensors, ids)
     for row, position in (out.exit_depths["decoder"] > 0).nonzero().tolist():
@@ -71,7 +71,7 @@ def test_generation_config_is_obeyed(name, settings):
     for key, value in settings.items():
         setattr(model.generation_config, key, value)
     expected = reference.generate(model, tensors, max_new_tokens=9)
-    found = ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors, max_new_tokens=9).sequences
+    found = engine_of(model, ExitPolicy.full_depth()).generate(**tensors, max_new_tokens=9).sequences
     assert found.tolist() == expected.tolist()
 
 
@@ -84,7 +84,7 @@ def test_constrained_answers_equal_generate(name):
         return [11, 12, 13] if len(ids) < 3 else [zoo.END]
 
     expected = reference.generate(model, tensors, prefix_allowed_tokens_fn=allowed)
-    engine = ExitEngine(model, ExitPolicy.full_depth())
+    engine = engine_of(model, ExitPolicy.full_depth())
     assert engine.generate(**tensors, prefix_allowed_tokens_fn=allowed).sequences.tolist() == expected.tolist()
 
 
@@ -93,7 +93,7 @@ def test_unsupported_generation_settings_are_refused(name):
     model = zoo.make(name)
     model.generation_config.repetition_penalty = 1.3
     with pytest.raises(ValueError, match="repetition_penalty"):
-        ExitEngine(model, ExitPolicy.full_depth()).generate(**zoo.inputs(name, 1))
+        engine_of(model, ExitPolicy.full_depth()).generate(**zoo.inputs(name, 1))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -110,7 +110,7 @@ def test_a_constraint_knows_its_row_when_others_have_finished(name):
         ExitPolicy.full_depth(),
         ExitPolicy({"decoder": ExitRule("confidence", layers, [0.9] * len(layers))}),
     ):
-        found = ExitEngine(model, policy).generate(**tensors, prefix_allowed_tokens_fn=allowed)
+        found = engine_of(model, policy).generate(**tensors, prefix_allowed_tokens_fn=allowed)
         assert found.sequences.tolist() == expected.tolist()
 
 
@@ -123,11 +123,11 @@ def test_the_length_is_that_of_generate(name, settings):
     for key, value in settings.items():
         setattr(model.generation_config, key, value)
     expected = reference.generate(model, tensors)
-    assert ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors).sequences.tolist() == expected.tolist()
+    assert engine_of(model, ExitPolicy.full_depth()).generate(**tensors).sequences.tolist() == expected.tolist()
 
 
 def test_what_is_not_greedy_is_refused():
-    engine, tensors = ExitEngine(zoo.make("florence2"), ExitPolicy.full_depth()), zoo.inputs("florence2", 1)
+    engine, tensors = engine_of(zoo.make("florence2"), ExitPolicy.full_depth()), zoo.inputs("florence2", 1)
     with pytest.raises(ValueError, match=r"does not do \['num_beams'\]"):
         engine.generate(**tensors, num_beams=4)
     with pytest.raises(ValueError, match="at least 1, got 0"):
@@ -137,4 +137,4 @@ def test_what_is_not_greedy_is_refused():
 def test_a_certified_length_is_kept():
     model, tensors = zoo.make("florence2"), zoo.inputs("florence2", 2)
     promise = certificate(metric="exact_match", decode={"max_new_tokens": 3})
-    assert ExitEngine(model, ExitPolicy(certificate=promise)).generate(**tensors).sequences.shape[1] == 4
+    assert engine_of(model, ExitPolicy(certificate=promise)).generate(**tensors).sequences.shape[1] == 4

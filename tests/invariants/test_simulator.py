@@ -6,11 +6,11 @@ import torch
 
 from lightning_mue.backbones import view
 from lightning_mue.calibration.simulate import simulate
-from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.record import record
 from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
 from lightning_mue.policy import ExitPolicy, ExitRule
 from tests import zoo
+from tests.invariants.policies import engine_of
 
 SAMPLES = 16
 
@@ -33,7 +33,7 @@ def traced(request):
     ids = [f"s{i:02d}" for i in range(SAMPLES)]
     meta = {"decode": view(model).decode_settings(None).plain}
     trace = record(model, tensors, ids, ids, score_of, meta=meta)
-    full = ExitEngine(model, ExitPolicy.full_depth()).generate(**tensors).sequences
+    full = engine_of(model, ExitPolicy.full_depth()).generate(**tensors).sequences
     return request.param, model, tensors, trace, full
 
 
@@ -48,7 +48,7 @@ def test_depths_and_pairs(traced, signal, share, falling):
     steps = np.arange(scores.shape[1])[None, :] < trace.lengths[:, None]
     thresholds = [float(np.quantile(scores[..., e][steps], 1 - share)) for e in range(len(layers))]
     policy = ExitPolicy({"decoder": ExitRule(signal, layers, thresholds, **falling)})
-    out = ExitEngine(model, policy).generate(**tensors)
+    out = engine_of(model, policy).generate(**tensors)
     found = simulate(trace, policy, LATENCY)
     agreeing = []
     for row in range(SAMPLES):
@@ -62,7 +62,7 @@ def test_depths_and_pairs(traced, signal, share, falling):
             agreeing.append(row)
     for row in agreeing[:4]:
         alone = {k: v[row : row + 1] for k, v in tensors.items()}
-        assert found.pairs[row] == ExitEngine(model, policy).generate(**alone).pairs
+        assert found.pairs[row] == engine_of(model, policy).generate(**alone).pairs
     assert share > 0.1 or agreeing
 
 
@@ -74,7 +74,7 @@ def test_encoder_depths(traced):
             scores = trace.streams[stream].scores[signal]
             rule = ExitRule(signal, layers, [float(np.median(scores[:, e])) for e in range(len(layers))])
             policy = ExitPolicy({stream: rule})
-            out = ExitEngine(model, policy).generate(**tensors)
+            out = engine_of(model, policy).generate(**tensors)
             found = simulate(trace, policy, LATENCY)
             assert found.depths[stream].tolist() == out.exit_depths[stream].tolist()
             width = max(full.shape[1], out.sequences.shape[1])

@@ -1,0 +1,163 @@
+"""Modules as ONNX graphs: exported from the module that trains, once for all layers of one kind.
+
+Layers of a stack differ in nothing but their weights. So the first of a kind is exported, and every layer is that
+template with its own weights put in. Templates and quantised graphs take seconds each; they are kept on disk, under a
+hash of all that they are made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mue.files import write_bytes
+
+OPSET = 20
+PRECISIONS = ("float32", "int8")
+"""``int8``: weights of 8 bits, one scale for each output; what they are multiplied with is quantised as it comes."""
+
+
+class Graphs:
+    """Makes graphs of modules, as bytes.
+
+    Args:
+        precision: one of ``PRECISIONS``.
+        folder: keeps what takes long; ``~/.cache/lightning_mue/graphs`` (or below ``XDG_CACHE_HOME``) if not given.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+
+    def __init__(self, precision: str = "float32", folder: Path | None = None) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"Graphs are of precision {' or '.join(PRECISIONS)}, got {precision!r}")
+        self.precision, self._folder = precision, folder or _cache_folder()
+
+    def make(self, module: nn.Module, *examples: Tensor, free: Sequence[Sequence[int]] | None = None) -> bytes:
+        """Return the graph of a module.
+
+        Args:
+            module: gets and gives tensors.
+            *examples: what it may be given.
+            free: axes of each example that may be of any size; all but the last if not given.
+
+        Raises:
+            ValueError: the export put weights into the graph that cannot be told apart.
+        """
+        axes = tuple(tuple(range(e.ndim - 1)) for e in examples) if free is None else tuple(map(tuple, free))
+        plain = with_weights(self._template(module, examples, axes), module)
+        if self.precision == "float32":
+            return plain
+        return self._kept("int8", hashlib.sha256(plain), lambda: _quantised(plain))
+
+    def _template(self, module: nn.Module, examples: Sequence[Tensor], free: tuple[tuple[int, ...], ...]) -> bytes:
+        made_of = [repr(module), inspect.getsource(type(module)), *map(repr, sorted(_numbers(module).items()))]
+        made_of += [str(tuple(weight.shape)) for weight in module.state_dict().values()]
+        for example, axes in zip(examples, free, strict=True):
+            made_of.append(str([None if axis in axes else size for axis, size in enumerate(example.shape)]))
+        made_of += [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "onnxscript")]
+        key = hashlib.sha256("\n".join([*made_of, str(OPSET)]).encode())
+        return self._kept("template", key, lambda: _exported(module, examples, free))
+
+    def _kept(self, what: str, key: Any, make: Callable[[], bytes]) -> bytes:
+        path = self._folder / f"{what}-{key.hexdigest()[:24]}.onnx"
+        if not path.exists():
+            write_bytes(path, make())
+        return path.read_bytes()
+
+
+def with_weights(template: bytes, module: nn.Module) -> bytes:
+    """Return the template's graph with the weights of a module of the same kind.
+
+    Raises:
+        ValueError: a weight has no place: it was folded into another, and the template's own would be used instead.
+    """
+    import onnx
+
+    model, weights = onnx.ModelProto.FromString(template), dict(module.state_dict())
+    for initializer in model.graph.initializer:
+        if (tensor := weights.pop(initializer.name, None)) is not None:
+            array = tensor.detach().float().cpu().contiguous().numpy()
+            initializer.CopyFrom(onnx.numpy_helper.from_array(array, initializer.name))
+    if weights:
+        raise ValueError(f"The graph of {type(module).__name__} has no place for its weights {sorted(weights)}")
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _exported(module: nn.Module, examples: Sequence[Tensor], free: Sequence[Sequence[int]]) -> bytes:
+    """Return the graph of a module without its weights."""
+    module, chance = copy.deepcopy(module).float().eval(), torch.Generator().manual_seed(0)
+    for tensor in module.state_dict().values():  # equal weights, such as biases of 0, would be merged into one
+        tensor.copy_(torch.randn(tensor.shape, generator=chance))
+    examples = [example.clone() for example in examples]  # one tensor given twice would become one input
+    shapes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in free)
+    how: dict[str, Any] = {"dynamo": True, "opset_version": OPSET, "verbose": False}
+    with _quiet():  # not optimised: weights would be folded and lose their names; a session folds them anyway
+        program = torch.onnx.export(module, tuple(examples), dynamic_shapes=shapes, optimize=False, **how)
+    assert program is not None
+    model, names = program.model_proto, {*module.state_dict()}
+    del model.graph.value_info[:]  # shapes from before the quantiser's own rewriting, on which it would stumble
+    for node in model.graph.node:
+        node.ClearField("metadata_props")  # in which source file a node began
+        node.ClearField("doc_string")
+    for initializer in model.graph.initializer:
+        if initializer.name in names:
+            initializer.ClearField("raw_data")
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _quantised(graph: bytes) -> bytes:
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        folded, quantised = Path(folder, "folded.onnx"), Path(folder, "int8.onnx")
+        options.optimized_model_filepath = str(folded)  # transposed weights are constants then, and can be quantised
+        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        quantize_dynamic(folded, quantised, per_channel=True, weight_type=QuantType.QInt8)
+        return quantised.read_bytes()
+
+
+def _numbers(module: nn.Module) -> dict[str, float]:
+    """Return the numbers that an export writes into the graph, which no weight shows."""
+    return {
+        f"{name}.{key}": value
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, (int, float)) and not key.startswith("_")
+    }
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_mue" / "graphs"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep exporters' progress and advice to themselves; errors are raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,97 @@
+"""Graphs of modules: the numbers of the modules they were made of, for every layer and size."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_mue.backbones import view
+from lightning_mue.inference import graphs
+from lightning_mue.inference.graphs import Graphs, with_weights
+from tests import zoo
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def run(graph, *tensors):
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    return session.run(None, dict(zip(names, (t.numpy() for t in tensors), strict=True)))
+
+
+def outputs(module, *tensors):
+    found = module(*tensors)
+    return [t.numpy() for t in (found if isinstance(found, tuple) else (found,))]
+
+
+def examples(name, width, seed, n=3):
+    g = torch.Generator().manual_seed(seed)
+    shape = (n, n + 2, width) if name == "memory" else (n, width)
+    return [torch.randn(shape, generator=g) for _ in range(2 if name in ("between", "after") else 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["florence2", "florence2_prenorm"])
+def test_every_layer_has_its_own_weights(name, tmp_path, monkeypatch):
+    decoder, made = view(zoo.make(name)).decoder, []
+    exported = graphs._exported
+    monkeypatch.setattr(graphs, "_exported", lambda *given: made.append(given) or exported(*given))
+    found = Graphs(folder=tmp_path)
+    for k in range(1, decoder.num_layers + 1):
+        for piece, module in decoder.pieces(k).named().items():
+            graph = found.make(module, *examples(piece, decoder.width, 0))
+            tensors = examples(piece, decoder.width, seed=k, n=7)
+            for ours, theirs in zip(run(graph, *tensors), outputs(module, *tensors), strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6)
+    assert len(made) == 4  # the pieces of one layer; of the others only the weights are new
+    monkeypatch.setattr(graphs, "_exported", lambda *_: pytest.fail("exported again"))
+    Graphs(folder=tmp_path).make(decoder.pieces(1).before, *examples("before", decoder.width, 0))
+
+
+class Twice(nn.Module):
+    def __init__(self, factor=2.0):
+        super().__init__()
+        self.one, self.other, self.factor = nn.Linear(6, 6), nn.Linear(6, 6), factor
+        for linear in (self.one, self.other):
+            nn.init.zeros_(linear.bias)
+            nn.init.eye_(linear.weight)
+
+    def forward(self, x_ND):
+        return self.one(x_ND) + self.factor * self.other(x_ND)
+
+
+@torch.no_grad()
+def test_weights_that_are_equal_are_not_one(tmp_path):
+    x_ND, template = torch.randn(4, 6), Graphs(folder=tmp_path)
+    template.make(Twice(), x_ND)
+    module = Twice()
+    nn.init.normal_(module.other.weight)
+    nn.init.normal_(module.one.bias)
+    for each in (module, Twice(factor=3.0)):  # a number in the code is no weight, and makes another template
+        np.testing.assert_allclose(run(template.make(each, x_ND), x_ND)[0], each(x_ND), rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_without_a_place_is_refused(tmp_path):
+    graph, bigger = Graphs(folder=tmp_path).make(Twice(), torch.randn(4, 6)), Twice()
+    bigger.third = nn.Linear(6, 6)
+    with pytest.raises(ValueError, match=r"Twice has no place for its weights \['third.bias', 'third.weight'\]"):
+        with_weights(graph, bigger)
+
+
+@torch.no_grad()
+def test_in_8_bits(tmp_path, monkeypatch):
+    decoder = view(zoo.make("florence2")).decoder
+    module, tensors = decoder.pieces(2).after, examples("after", decoder.width, 1, n=9)
+    graph = Graphs("int8", tmp_path).make(module, *tensors)
+    (ours,), (theirs,) = run(graph, *tensors), outputs(module, *tensors)
+    error = np.abs(ours - theirs).max()
+    assert 1e-4 < error < 0.1 * np.abs(theirs).max()  # quantised, and not by much
+    assert len(graph) < len(Graphs(folder=tmp_path).make(module, *tensors))
+    monkeypatch.setattr(graphs, "_quantised", lambda *_: pytest.fail("quantised again"))
+    assert Graphs("int8", tmp_path).make(module, *tensors) == graph
+
+
+def test_unknown_precisions():
+    with pytest.raises(ValueError, match="precision float32 or int8, got 'int4'"):
+        Graphs("int4")

@@ -1,0 +1,76 @@
+"""ONNX Runtime beside torch; that they agree is an invariant (tests/invariants), here is all else."""
+
+import gc
+import sys
+
+import pytest
+import torch
+
+from lightning_mue.backbones import view
+from lightning_mue.inference import ExitEngine
+from lightning_mue.inference.runtime import make_runtime
+from lightning_mue.inference.sessions import shared_sessions
+from lightning_mue.policy import ExitPolicy
+from tests import zoo
+
+FULL, INT8 = ExitPolicy.full_depth(), ExitPolicy(precision="int8")
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@torch.inference_mode()
+def states(policy, runtime, tensors, depths):
+    model = zoo.shared("florence2")
+    out, executor = ExitEngine(model, policy, runtime=runtime).run(6, None, False, tensors, forced=depths)
+    return out, executor.states[:, :, : out.sequences.shape[1] - 1]
+
+
+def test_8_bits_are_near_float32():
+    tensors, depths = zoo.inputs("florence2", 3), [[5] * 6] * 3
+    expected, right = states(FULL, "torch", tensors, depths)
+    found, near = states(INT8, "onnxruntime", tensors, depths)
+    same = min(found.sequences.shape[1], expected.sequences.shape[1]) - 1
+    error = (near[1:, :, :1] - right[1:, :, :1]).abs()
+    assert 1e-4 < error.max() < 0.5
+    assert error.square().mean().sqrt() < 0.1 * right[1:, :, :1].square().mean().sqrt()
+    assert same >= 1
+
+
+def test_a_policy_in_8_bits_runs_where_it_can():
+    engine = ExitEngine(zoo.shared("florence2"), INT8)
+    assert engine.runtime == "onnxruntime"
+    assert engine.generate(3, **zoo.inputs("florence2", 2)).sequences.shape == (2, 4)
+    with pytest.raises(ValueError, match=r"asks for 'int8', which runtime 'torch' does not compute in; take \['onnx"):
+        ExitEngine(zoo.shared("florence2"), INT8, runtime="torch")
+    with pytest.raises(ValueError, match=r"asks for 'bfloat16', which runtime 'onnxruntime' does not"):
+        ExitEngine(zoo.shared("florence2"), ExitPolicy(precision="bfloat16"), runtime="onnxruntime")
+    with pytest.raises(ValueError, match=r"`runtime` must be one of \['torch', 'onnxruntime'\], got 'jax'"):
+        make_runtime("jax", view(zoo.shared("florence2")), None)
+
+
+def test_models_that_compute_in_something_else_are_refused():
+    model = zoo.make("florence2").bfloat16()
+    with pytest.raises(ValueError, match=r"models in float32 on the CPU, got torch.bfloat16 on cpu"):
+        ExitEngine(model, FULL, runtime="onnxruntime")
+
+
+def test_engines_share_what_is_the_same():
+    model = zoo.make("florence2")
+    first = shared_sessions(view(model))
+    assert shared_sessions(view(model)) is first
+    assert shared_sessions(view(model), "int8") is not first
+    with torch.no_grad():
+        view(model).decoder.pieces(1).before.key.bias.add_(1)
+    assert shared_sessions(view(model)) is not first
+    twin = zoo.make("florence2")  # equal weights elsewhere: its head may be changed alone
+    assert shared_sessions(view(twin)) is not first
+    del first
+    gc.collect()
+
+
+@pytest.mark.parametrize("library", ["onnxruntime", "onnx", "onnxscript"])
+def test_what_is_not_installed_is_named(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=r"needs onnx, onnxscript and onnxruntime .*lightning-mue\[ort\]"):
+        ExitEngine(zoo.make("florence2"), FULL, runtime="onnxruntime")

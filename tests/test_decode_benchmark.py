@@ -1,0 +1,267 @@
+"""The decoders' cost table: every line is there, decodes what it was asked to, and is refused where it does not."""
+
+import json
+import time
+from dataclasses import replace
+from functools import partial
+
+import decode
+import numpy as np
+import pytest
+import targets
+import torch
+from decode import LAYERS, PROMISES, Measured, measure, read_shape, values
+from decode_case import START, Case, ragged_depths
+from decode_lines import BASELINE, LINES, Answer, engine_lines, generate_line, torch_executor
+from transformers.modeling_outputs import BaseModelOutput
+
+from lightning_mue.backbones import view
+from lightning_mue.inference.torch_executor import TorchExecutor
+
+NAMES = [
+    "generate fp32 sdpa",
+    "generate fp32 eager",
+    "generate bf16 sdpa",
+    "generate bf16 eager",
+    "generate int8 sdpa",
+    "generate int8 eager",
+    "torch fp32 full",
+    "torch fp32 static",
+    "torch fp32 ragged",
+    "torch bf16 sdpa full",
+    "torch bf16 sdpa static",
+    "torch bf16 sdpa ragged",
+    "torch bf16 eager full",
+    "torch bf16 eager static",
+    "torch bf16 eager ragged",
+]
+"""At the least; other executors have lines of their own."""
+ROWS, STEPS, DEPTH = 5, 8, 6
+
+
+def tiny(seed=2):
+    return Case(read_shape("tiny"), ROWS, time.process_time, seed)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    case = tiny()
+    return case, measure(case, LINES, 2)
+
+
+def pairs_by_hand(depths):
+    """Each row's tokens one after the other: a layer that is reached runs over every position it has not seen."""
+    seen = set()
+    for row, of_row in enumerate(depths):
+        for position, depth in enumerate(of_row):
+            seen |= {(row, p, layer) for layer in range(1, depth + 1) for p in range(position + 1)}
+    return len(seen)
+
+
+def test_every_line_is_there_and_timed(measured):
+    _, found = measured
+    assert set(NAMES) <= set(found)
+    for name, line in found.items():
+        assert line.ms.shape == (2,)
+        assert (line.ms > 0).all()
+        assert ("layers" in line.parts) == (not name.startswith("generate"))
+        assert all((ms > 0).all() and (ms <= line.ms).all() for ms in line.parts.values())
+
+
+def test_forced_depths_were_used(measured):
+    case, found = measured
+    expected = {"full": 6.0, "static": 3.0, "ragged": 3.0}
+    for name in NAMES[6:]:
+        answer, schedule = found[name].answer, name.split()[-1]
+        assert np.mean(answer.depths) == expected[schedule]
+        assert answer.depths == case.depths[schedule]
+        assert answer.pairs == pairs_by_hand(answer.depths)
+    ragged = found["torch fp32 ragged"].answer
+    assert pairs_by_hand(ragged.depths) > np.sum(ragged.depths), "no token had to catch up"
+
+
+def test_tokens_differ_by_step_and_row(measured):
+    """Else equal tokens would say little."""
+    tokens = measured[1][BASELINE].answer.tokens
+    assert len({tuple(row) for row in tokens}) == ROWS
+    assert all(len(set(row)) > 1 for row in tokens)
+    assert measured[1]["torch fp32 ragged"].answer.tokens != tokens, "depth makes no difference"
+
+
+@pytest.mark.parametrize(("rows", "steps", "layers", "mean"), [(1, 20, 6, 3), (8, 20, 6, 3), (32, 20, 12, 6)])
+def test_ragged_depths_meet_their_mean(rows, steps, layers, mean):
+    depths = ragged_depths(rows, steps, layers, mean, 2)
+    assert np.shape(depths) == (rows, steps)
+    assert np.mean(depths) == mean
+    assert (np.min(depths), np.max(depths)) == (1, layers)
+    assert depths == ragged_depths(rows, steps, layers, mean, 2)
+    assert depths != ragged_depths(rows, steps, layers, mean, 3)
+
+
+class Forgetful(TorchExecutor):
+    """Runs the newest position alone, whatever it was asked to catch up."""
+
+    def run_layer(self, layer, pending, last):
+        super().run_layer(layer, [(last - 1, rows) for _, rows in pending], last)
+
+
+def changed(line, **fields):
+    """Return the line with something else in its answers."""
+    return replace(line, prepare=lambda case: lambda: replace(line.prepare(case)(), **fields))
+
+
+def elsewhere(line):
+    """Return the line on other weights."""
+    return replace(line, prepare=lambda case: line.prepare(tiny(case.seed + 1)))
+
+
+def one_wrong_token(line):
+    def prepare(case):
+        def run():
+            answer = line.prepare(case)()
+            answer.tokens[ROWS - 1][STEPS - 1] ^= 1
+            return answer
+
+        return run
+
+    return replace(line, prepare=prepare)
+
+
+def runner_up(line):
+    """Return the line with the second best token at the end of the last row."""
+
+    def prepare(case):
+        def run():
+            answer = line.prepare(case)()
+            given = torch.tensor([[START, *tokens[:-1]] for tokens in answer.tokens])
+            memory = BaseModelOutput(last_hidden_state=case.memory("fp32"))
+            logits = case.model()(decoder_input_ids=given, encoder_outputs=memory).logits[-1, -1]
+            best, second = logits.topk(2).indices.tolist()
+            assert answer.tokens[-1][-1] == best
+            answer.tokens[-1][-1] = second
+            return answer
+
+        return run
+
+    return replace(line, prepare=prepare)
+
+
+def forgetful(case):
+    return partial(Forgetful, view(case.model()))
+
+
+full, ragged = LINES["torch fp32 full"], LINES["torch fp32 ragged"]
+WRONG = {
+    "one token": (one_wrong_token(full), "100% of tokens, got 97.5%"),
+    "a nearly right token": (runner_up(full), "100% of tokens, got 97.5%"),
+    "one token of ragged": (one_wrong_token(ragged), "100% of tokens, got 97.5%"),
+    "one token of generate": (one_wrong_token(LINES["generate fp32 eager"]), "100% of tokens, got 97.5%"),
+    "no catching up": (engine_lines("wrong", "fp32", forgetful)["wrong ragged"], "what the fp32 model says"),
+    "other weights": (elsewhere(LINES["generate fp32 eager"]), "what the fp32 model says"),
+    "other weights, bf16": (elsewhere(LINES["generate bf16 sdpa"]), "50% of tokens"),
+    "other weights, int8": (elsewhere(LINES["generate int8 eager"]), "50% of tokens"),
+    "other depths": (replace(full, schedule="ragged"), "got other depths"),
+    "never left": (changed(ragged, depths=[[DEPTH] * STEPS] * ROWS), "got other depths"),
+    "pairs": (changed(ragged, pairs=ROWS * STEPS * DEPTH), "these depths and 240 pairs"),
+    "too short": (changed(full, tokens=[[5] * STEPS] * (ROWS - 1) + [[5]]), "8 tokens in each of 5 rows"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_line_is_refused(wrong):
+    line, why = WRONG[wrong]
+    with pytest.raises(ValueError, match=f"'wrong' must .*{why}"):
+        measure(tiny(), {BASELINE: LINES[BASELINE], "wrong": line}, 1)
+
+
+def test_a_fp32_line_at_full_depth_says_what_generate_says():
+    """Both are what the model says at some depth; they have to be it at the same one."""
+    shallow = changed(generate_line("fp32", "sdpa"), depths=[[3] * STEPS] * ROWS)
+    with pytest.raises(ValueError, match="what the fp32 model says"):
+        measure(tiny(), {BASELINE: shallow}, 1)
+    at_three = replace(LINES["torch fp32 static"], schedule=None)
+    with pytest.raises(ValueError, match=f"must choose the tokens of '{BASELINE}'"):
+        measure(tiny(), {BASELINE: LINES[BASELINE], "wrong": at_three}, 1)
+
+
+def test_the_script_writes_a_table(tmp_path, capsys):
+    decode.main(["--shape", "tiny", "--repeats", "1", "--batch-sizes", "1", "8", "--out", str(tmp_path)])
+    (page,) = tmp_path.iterdir()
+    assert page.name == f"decode_tiny_{targets.today()}.md"
+    text = page.read_text()
+    assert text in capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert {len(row) for row in rows} == {len(decode.COLUMNS)}
+    cells = [[row[0], *numbers(row[1:])] for row in rows if row[0] in LINES]
+    assert [row[0] for row in cells] == list(LINES) * 2
+    for tokens, batch in ((8, cells[: len(LINES)]), (64, cells[len(LINES) :])):
+        ms = {row[0]: row[1] for row in batch}
+        for name, _, ratio, speedup, *rest in batch:
+            assert ratio == pytest.approx(ms[name] / ms[BASELINE], rel=0.02)
+            assert speedup == pytest.approx(ms[BASELINE] / ms[name], rel=0.02)
+            if not name.startswith("generate"):
+                of_full, of_exits, layers, memory, head, _, depth, computed, pairs = rest
+                assert of_full * of_exits == pytest.approx(speedup, rel=0.03)
+                assert layers + memory + head < ms[name]
+                assert depth == (6 if name.endswith("full") else 3)
+                assert computed == pytest.approx(pairs / tokens, abs=0.005)
+
+
+def numbers(cells):
+    return [float(cell.split()[0].replace(",", "")) for cell in cells if cell != "-"]
+
+
+@pytest.mark.parametrize(
+    ("promised", "folder", "noted"), [("tiny", "", True), ("tiny", "else", False), ("issue", "", False)]
+)
+def test_the_promised_run_notes_the_figures_whose_lines_are_there(promised, folder, noted, tmp_path, monkeypatch):
+    ours = engine_lines("ORT int8", "fp32", partial(torch_executor, "fp32", "sdpa"))
+    monkeypatch.setattr(decode, "LINES", {name: LINES[name] for name in NAMES[:6]} | ours)
+    monkeypatch.setattr(decode, "PROMISED", promised)
+    monkeypatch.setattr(decode, "RESULTS", tmp_path)
+    monkeypatch.setattr(targets, "TARGETS", tmp_path / "targets.json")
+    out = tmp_path / folder
+    decode.main(["--shape", "tiny", "--repeats", "1", "--batch-sizes", "8", "--out", str(out)])
+    text = next(out.glob("*.md")).read_text()
+    missing = "| decode_fp32_full_vs_generate_b8 | times as fast: ORT fp32 full as generate fp32 sdpa | - |"
+    assert (missing in text) == (promised == "tiny")
+    assert targets.TARGETS.exists() == noted
+    if noted:
+        found = json.loads(targets.TARGETS.read_text())
+        assert {name: (entry["target"], entry["better"]) for name, entry in found.items()} == {
+            "decode_int8_exits_vs_generate_b8": (6.0, "higher"),
+            "decode_int8_exits_vs_generate_int8_b8": (1.8, "higher"),
+            "decode_int8_exits_layers_b8": (0.6, "lower"),
+        }
+        assert all(entry["value"] > 0 for entry in found.values())
+
+
+def times(*ms, layers=None):
+    return Measured(Answer([]), np.array(ms, float), {} if layers is None else {"layers": np.array(layers, float)})
+
+
+def test_figures_are_paired_medians_against_the_faster_rival():
+    found = {
+        BASELINE: times(700, 1400, 7),
+        "generate int8 sdpa": times(300, 300, 300),
+        "generate int8 eager": times(400, 200, 200),  # the faster one by its median
+        "ORT int8 full": times(1, 1, 1, layers=[10, 20, 30]),
+        "ORT int8 ragged": times(100, 100, 100, layers=[5, 8, 30]),
+    }
+    expected = {
+        "decode_int8_exits_vs_generate": 7.0,
+        "decode_int8_exits_vs_generate_int8": 2.0,
+        "decode_int8_exits_layers": 0.5,
+    }
+    at = {promise.name: value for promise, batch, value in values({1: found}) if batch == 1}
+    assert {name: value for name, value in at.items() if value is not None} == expected
+    assert {name for name, value in at.items() if value is None} == {p.name for p in PROMISES} - set(expected)
+    verdicts = {p.name: p.is_kept(1, expected[p.name]) for p in PROMISES if p.name in expected}
+    assert list(verdicts.values()) == [True, False, True]
+    assert LAYERS == {1: 0.55, 8: 0.6, 32: 0.6}
+
+
+def test_the_promised_shape_is_the_issues():
+    shape = read_shape("issue")
+    sizes = shape.layers, shape.width, shape.heads, shape.ffn, shape.vocabulary, shape.memory, shape.steps
+    assert sizes == (6, 768, 12, 3072, 51289, 597, 20)
