@@ -97,7 +97,7 @@ def _generate(args: Sequence[str]) -> None:
     )
     parser.add_argument("--group", help="group of the sample, where a policy leaves early for some groups alone")
     parser.add_argument("--max_new_tokens", type=int, default=None)
-    parser.add_argument("--runtime", help="torch, or onnxruntime: the same answers, on CPUs often faster")
+    parser.add_argument("--runtime", help="torch, onnxruntime (the same answers, on CPUs often faster) or auto")
     found = parser.parse_args(args)
     from PIL import Image
 

@@ -25,6 +25,7 @@ from lightning_mue.callbacks.ranks import check_visible, gather, lead, refuse_sh
 from lightning_mue.callbacks.scoring import Scoring
 from lightning_mue.data import ShardsDataModule
 from lightning_mue.exits import attached
+from lightning_mue.inference.runtime import RuntimeName
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.promise import Promise
@@ -65,11 +66,10 @@ class CalibrateExits(L.Callback):
         seed: of the certificate's one permutation.
         max_new_tokens: of each answer; the generation config's if not given.
         model: attribute that holds the backbone; if not given, that of MultiExitSupervision here, else ``model``.
-        out: where the policy goes; ``policy.json`` beside the checkpoint if not given. Two instances in one trainer
-            must name two files.
+        out: where the policy goes; ``policy.json`` beside the checkpoint if not given. Two instances name two files.
         folder: of the journal that lets an interrupted calibration go on; ``<default_root_dir>/calibration``.
         latency_repeats: of each measurement of the latency table.
-        fit_samples: samples simulated at each validation inside ``fit``; 0 for none.
+        fit_samples: simulated at each validation inside ``fit``; 0 for none.
         inputs: where the batches of a project hold the backbone's inputs, such as ``{"pixel_values": "image"}``, or the
             key of a mapping that holds them all; if not given, under their own names. Keys are positions in a tuple.
         references: key of the accepted answers; ``references`` if not given, and there need be none.
@@ -90,7 +90,7 @@ class CalibrateExits(L.Callback):
         estimate: bool = True,
         reuse: Reuse = "refuse",
         lower_precision: list[str] | None = None,
-        runtime: str = "torch",
+        runtime: RuntimeName = "torch",
         frequencies: str | None = None,
         seed: int = 0,
         max_new_tokens: int | None = None,

@@ -38,9 +38,8 @@ from lightning_mue.callbacks.decoding import SplitDecoder
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.callbacks.ledger import Entry, Ledger, Reuse
 from lightning_mue.callbacks.scoring import Scoring
-from lightning_mue.inference.engine import in_precision
 from lightning_mue.inference.profile import device_name, measure_latency
-from lightning_mue.inference.runtime import make_runtime
+from lightning_mue.inference.runtime import in_precision, make_runtime
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.promise import Promise

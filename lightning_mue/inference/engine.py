@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from lightning_mue.inference.answers import only_answers
 from lightning_mue.inference.encode import Encoded, OnExit, encode
 from lightning_mue.inference.output import ExitOutput, joined
 from lightning_mue.inference.rows import PrefixFn, constraint_of, rows_of
-from lightning_mue.inference.runtime import make_runtime
+from lightning_mue.inference.runtime import in_precision, make_runtime
 from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, decode
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
@@ -50,8 +49,8 @@ class ExitEngine:
         policy: what may be left when.
         check_fingerprint: refuse a policy made for other weights (hashing all weights takes a moment).
         processor: makes tensors of pictures and prompts and text of tokens; only ``answer`` needs it.
-        runtime: what runs the layers, one of ``runtime.RUNTIMES``: the backbone's own in torch, or graphs in ONNX
-            Runtime on the CPU. The same tokens in float32; if not given, what the policy was calibrated for.
+        runtime: what runs the layers: the backbone's own in ``torch``, or graphs of them in ``onnxruntime`` on the
+            CPU; the same tokens in float32. ``auto`` tries both; if not given, what the policy was calibrated for.
 
     Raises:
         ValueError: the policy names unknown streams, layers or signals, or belongs to other weights.
@@ -66,14 +65,15 @@ class ExitEngine:
         processor: Any = None,
         runtime: str | None = None,
     ) -> None:
-        self.original, self.runtime = model.eval(), runtime or policy.runtime
+        self.original = model.eval()
         self.model = in_precision(model, policy.precision)
         self.processor = processor
         self.backbone: Backbone = view(self.model)
         self.exits: Exits | None = attached(self.model)
         self.policy = policy
         check_policy(policy, self.backbone, self.exits)
-        self._runtime = make_runtime(self.runtime, self.backbone, policy.precision)
+        self._runtime = make_runtime(runtime or policy.runtime, self.backbone, policy.precision)
+        self.runtime = self._runtime.name
         if check_fingerprint and policy.fingerprint is not None and policy.fingerprint != (found := fingerprint(model)):
             raise ValueError(
                 f"The policy was calibrated for weights with fingerprint {policy.fingerprint}, this model has {found}; "
@@ -241,12 +241,6 @@ def _output(
         record.filled,
         watch.ms,
     )
-
-
-def in_precision(model: nn.Module, precision: str | None) -> nn.Module:
-    """Return the model if it computes in this precision, else a copy of it that does."""
-    dtype = next(model.parameters()).dtype if precision in (None, "int8") else getattr(torch, precision or "")
-    return model if dtype == next(model.parameters()).dtype else copy.deepcopy(model).to(dtype)
 
 
 def decoder_exits(policy: ExitPolicy, steps: int, forced: Sequence[Sequence[int]] | None = None) -> DecoderExits:

@@ -18,9 +18,8 @@ from lightning_mue.backbones.prompt import read_prompts
 from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.encode import encode, stream_scores
 from lightning_mue.inference.record import DECODER_SIGNALS, STREAM_SIGNALS
-from lightning_mue.inference.runtime import Runtime
+from lightning_mue.inference.runtime import Runtime, torch_runtime
 from lightning_mue.inference.stopwatch import Stopwatch
-from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
 from lightning_mue.signals import NEEDS_LOGITS
 
@@ -49,7 +48,7 @@ def measure_latency(
     model.eval()
     backbone, exits = view(model), attached(model)
     inputs = {name: inputs[name] for name in backbone.generate_inputs if inputs.get(name) is not None}
-    runtime = runtime or Runtime(backbone.encoders, TorchExecutor)
+    runtime = runtime or torch_runtime(backbone)
     pieces = _stream_pieces(runtime.streams, exits, inputs)
     pieces |= _decoder_pieces(backbone, runtime, exits, inputs, max_new_tokens)
     ms = _time(pieces, repeats, next(model.parameters()).device)

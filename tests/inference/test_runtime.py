@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_mue.backbones import view
-from lightning_mue.inference import ExitEngine
+from lightning_mue.inference import ExitEngine, runtime
 from lightning_mue.inference.runtime import make_runtime
 from lightning_mue.inference.sessions import shared_sessions
 from lightning_mue.policy import ExitPolicy
@@ -20,9 +20,9 @@ pytest.importorskip("onnxscript")
 
 
 @torch.inference_mode()
-def states(policy, runtime, tensors, depths):
+def states(policy, name, tensors, depths):
     model = zoo.shared("florence2")
-    out, executor = ExitEngine(model, policy, runtime=runtime).run(6, None, False, tensors, forced=depths)
+    out, executor = ExitEngine(model, policy, runtime=name).run(6, None, False, tensors, forced=depths)
     return out, executor.states[:, :, : out.sequences.shape[1] - 1]
 
 
@@ -45,8 +45,38 @@ def test_a_policy_in_8_bits_runs_where_it_can():
         ExitEngine(zoo.shared("florence2"), INT8, runtime="torch")
     with pytest.raises(ValueError, match=r"asks for 'bfloat16', which runtime 'onnxruntime' does not"):
         ExitEngine(zoo.shared("florence2"), ExitPolicy(precision="bfloat16"), runtime="onnxruntime")
-    with pytest.raises(ValueError, match=r"`runtime` must be one of \['torch', 'onnxruntime'\], got 'jax'"):
+    with pytest.raises(ValueError, match=r"`runtime` must be one of \['torch', 'onnxruntime', 'auto'\], got 'jax'"):
         make_runtime("jax", view(zoo.shared("florence2")), None)
+
+
+@pytest.mark.parametrize("sooner", ["torch", "onnxruntime"])
+def test_auto_takes_what_is_faster(sooner, monkeypatch):
+    """The clock is ours: a step of one of the two takes a second, of the other none."""
+    now, step = [0.0], runtime._step
+
+    def slowed(rival, backbone):
+        taken = step(rival, backbone)
+
+        def run():
+            taken()
+            now[0] += rival.name != sooner
+
+        return run
+
+    monkeypatch.setattr(runtime, "_step", slowed)
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: now[0])
+    engine = ExitEngine(zoo.shared("florence2"), FULL, runtime="auto")
+    assert engine.runtime == sooner
+    assert engine.generate(3, **zoo.inputs("florence2", 2)).sequences.shape == (2, 4)
+
+
+def test_auto_takes_what_there_is(monkeypatch):
+    model = zoo.shared("florence2")
+    assert ExitEngine(model, INT8, runtime="auto").runtime == "onnxruntime"
+    assert ExitEngine(model, ExitPolicy(precision="bfloat16"), runtime="auto").runtime == "torch"
+    assert ExitEngine(zoo.make("florence2").bfloat16(), FULL, runtime="auto").runtime == "torch"
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert ExitEngine(zoo.make("florence2"), FULL, runtime="auto").runtime == "torch"
 
 
 def test_models_that_compute_in_something_else_are_refused():
