@@ -17,7 +17,7 @@ from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.answers import only_answers
 from lightning_mue.inference.encode import Encoded, OnExit, encode
 from lightning_mue.inference.output import ExitOutput, joined
-from lightning_mue.inference.rows import PrefixFn, constraint_of, rows_of
+from lightning_mue.inference.rows import PrefixFn, asked_once, constraint_of, rows_of
 from lightning_mue.inference.runtime import in_precision, make_runtime
 from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, decode
 from lightning_mue.inference.stopwatch import Stopwatch
@@ -182,6 +182,7 @@ class ExitEngine:
         if max_new_tokens is None and self.policy.certificate is not None:
             max_new_tokens = self.policy.certificate.decode.get("max_new_tokens")  # what was certified
         inputs = self._given(inputs)
+        prefix_fn = asked_once(prefix_fn) if prefix_fn is not None else None
         settings = self.backbone.decode_settings(max_new_tokens)
         watch = Stopwatch(next(self.model.parameters()).device, timings)
         with watch.part("total"):

@@ -25,6 +25,19 @@ def groups_of(policy: ExitPolicy, batch: Mapping[str, Any]) -> list[str] | None:
     return [str(group) for group in batch[policy.certificate.decode["group_by"]]]
 
 
+def asked_once(prefix_fn: PrefixFn) -> PrefixFn:
+    """Return the constraint, asked once in a step of a row, however often a head wants to know."""
+    last: dict[int, tuple[list[int], list[int]]] = {}
+
+    def allowed(row: int, ids: Tensor) -> list[int]:
+        known = ids.tolist()
+        if row not in last or last[row][0] != known:
+            last[row] = known, prefix_fn(row, ids)
+        return last[row][1]
+
+    return allowed
+
+
 def constraint_of(prefix_fn: PrefixFn | None, rows: list[int]) -> PrefixFn | None:
     """Return the constraint of the whole batch as that of some of its rows."""
     return prefix_fn and (lambda row, ids: prefix_fn(rows[row], ids))

@@ -136,7 +136,7 @@ class StreamSessions:
         return torch.from_numpy(h_BTD)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sessions:
     """Everything of a backbone that runs in ONNX Runtime."""
 
