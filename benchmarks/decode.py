@@ -248,18 +248,19 @@ def report(args: argparse.Namespace, shape: Shape, found: Mapping[int, Mapping[s
 def _row(name: str, found: Mapping[str, Measured]) -> str:
     this, baseline = found[name], found[BASELINE]
     ratio = this.ms / baseline.ms
-    cells = [name, _spread(this.ms, 1), _spread(ratio, 3), f"{np.median(1 / ratio):.2f}"]
+    cells = [name, spread(this.ms, 1), spread(ratio, 3), f"{np.median(1 / ratio):.2f}"]
     full, depths = found.get(LINES[name].full or ""), this.answer.depths
     if full is None or depths is None:
         return f"| {' | '.join([*cells, *['-'] * (len(COLUMNS) - len(cells))])} |"
     cells += [f"{np.median(baseline.ms / full.ms):.2f}", f"{np.median(full.ms / this.ms):.2f}"]
     cells += [f"{np.median(this.parts[part]):.1f}" for part in ("layers", "memory", "head")]
     tokens = sum(map(len, depths))
-    cells += [_spread(this.parts["layers"] / full.parts["layers"], 3), f"{sum(map(sum, depths)) / tokens:.2f}"]
+    cells += [spread(this.parts["layers"] / full.parts["layers"], 3), f"{sum(map(sum, depths)) / tokens:.2f}"]
     return f"| {' | '.join([*cells, f'{this.answer.pairs / tokens:.2f}', f'{this.answer.pairs:,}'])} |"
 
 
-def _spread(values: np.ndarray, digits: int) -> str:
+def spread(values: np.ndarray, digits: int) -> str:
+    """Return the median with the quartiles."""
     low, middle, high = (f"{value:.{digits}f}" for value in np.percentile(values, [25, 50, 75]))
     return f"{middle} ({low}-{high})"
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode import where
+from decode import spread, where
 from decode_case import changed_copy
 from rich.progress import track
 from targets import note, today
@@ -166,17 +166,12 @@ def report(found: Mapping[str, Mapping[tuple[str, str], np.ndarray]], repeats: i
         for name in dict.fromkeys(name for name, _ in of_case):
             full, half = of_case[name, "full"], of_case[name, "half"]
             ratio = full / of_case[BASELINE, "full"]
-            cells = (_spread(full, 1), _spread(ratio, 3), f"{np.median(1 / ratio):.2f}", _spread(full / half, 2))
+            cells = (spread(full, 1), spread(ratio, 3), f"{np.median(1 / ratio):.2f}", spread(full / half, 2))
             text += f"| {name} | {' | '.join(cells)} |\n"
         text += "\n| figure | measured | promised | |\n| --- | ---: | ---: | --- |\n"
         for name, value, target in figures(of_case):
             text += f"| {name} | {value:.2f} | >= {target} | {'kept' if value >= target else 'not kept'} |\n"
     return text
-
-
-def _spread(values: np.ndarray, digits: int) -> str:
-    low, middle, high = (f"{value:.{digits}f}" for value in np.percentile(values, [25, 50, 75]))
-    return f"{middle} ({low}-{high})"
 
 
 if __name__ == "__main__":

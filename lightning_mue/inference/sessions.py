@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -56,23 +55,15 @@ class DecoderSessions:
     Args:
         decoder: whose pieces they are; its weights are copied, in the precision asked for.
         precision: one of ``graphs.PRECISIONS``.
-        threads: of one call; as many as torch uses if not given.
-        folder: as of `Graphs`.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
     """
 
-    def __init__(
-        self,
-        decoder: DecoderStream,
-        precision: str = "float32",
-        threads: int | None = None,
-        folder: Path | None = None,
-    ) -> None:
+    def __init__(self, decoder: DecoderStream, precision: str = "float32") -> None:
         check_installed()
-        self.precision, self.threads = precision, threads or torch.get_num_threads()
-        graphs = Graphs(precision, folder)
+        self.precision, self.threads = precision, torch.get_num_threads()
+        graphs = Graphs(precision)
         h_ND, memory_BSD = torch.zeros(2, decoder.width), torch.zeros(2, 3, decoder.width)
         examples = {"before": (h_ND,), "between": (h_ND, h_ND), "after": (h_ND, h_ND), "memory": (memory_BSD,)}
 
@@ -107,20 +98,16 @@ class StreamSessions:
     Args:
         stream: the backbone's.
         precision: one of ``graphs.PRECISIONS``.
-        threads: of one call; as many as torch uses if not given.
-        folder: as of `Graphs`.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
     """
 
-    def __init__(
-        self, stream: EncoderStream, precision: str = "float32", threads: int | None = None, folder: Path | None = None
-    ) -> None:
+    def __init__(self, stream: EncoderStream, precision: str = "float32") -> None:
         check_installed()
         self.name, self.num_layers, self.width = stream.name, stream.num_layers, stream.width
         self.prologue, self.epilogue, self.call = stream.prologue, stream.epilogue, stream.call
-        self._graphs, self._threads = Graphs(precision, folder), threads or torch.get_num_threads()
+        self._graphs, self._threads = Graphs(precision), torch.get_num_threads()
         self._sessions: dict[Any, Session] = {}
 
     def layer(self, k: int, state: StreamState) -> torch.Tensor:
