@@ -101,8 +101,8 @@ def test_ragged_depths_meet_their_mean(rows, steps, layers, mean):
 class Forgetful(TorchExecutor):
     """Runs the newest position alone, whatever it was asked to catch up."""
 
-    def run_layer(self, layer, pending, last):
-        super().run_layer(layer, [(last - 1, rows) for _, rows in pending], last)
+    def run_layer(self, layer, pending):
+        super().run_layer(layer, [(last - 1, last, rows) for _, last, rows in pending])
 
 
 def changed(line, **fields):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_mue.inference.ragged import attend, to_bfloat16
-from lightning_mue.inference.schedule import Blocks
+from lightning_mue.inference.schedule import Block
 from lightning_mue.inference.sessions import DecoderSessions
-from lightning_mue.inference.torch_executor import Index, TorchExecutor
+from lightning_mue.inference.torch_executor import Index, Position, TorchExecutor
 
 
 class OrtExecutor(TorchExecutor):
@@ -34,13 +34,13 @@ class OrtExecutor(TorchExecutor):
         mask = self._memory_mask
         self._bias_BS = None if mask is None else np.ascontiguousarray(mask[:, 0, 0].numpy())
 
-    def run_layer(self, layer: int, pending: Blocks, last: int) -> None:
+    def run_layer(self, layer: int, pending: Sequence[Block]) -> None:
         """Push all pending positions through one layer, together."""
         sessions, threads = self._sessions.layers[layer - 1], self._sessions.threads
-        for _, rows in pending:
+        for _, _, rows in pending:
             self._project_memory(layer, rows)
         with self._watch.part("layers"):
-            rows_N, positions_N = _pairs(pending, last)
+            rows_N, positions_N = _pairs(pending)
             h_ND = self.states[layer - 1].numpy()[rows_N, positions_N]
             query_ND, key_ND, value_ND = sessions.before(h_ND)
             keys_BHTd, values_BHTd = self._keys[layer].numpy(), self._values[layer].numpy()
@@ -75,20 +75,21 @@ class OrtExecutor(TorchExecutor):
     def _head(self, h_RD: Tensor) -> Tensor:
         return torch.from_numpy(self._sessions.head(h_RD.contiguous().numpy())[0])
 
-    def _best(self, h_RD: Tensor, index: Index, position: int) -> list[int]:
+    def _best(self, h_RD: Tensor, index: Index, position: Position) -> list[int]:
         """Return the best tokens without all logits."""
-        row_R = np.asarray(self._rows(index))
+        row_R = torch.tensor(self._rows(index))
 
         def process(asked: np.ndarray, scores_RV: np.ndarray) -> np.ndarray:
-            rows = torch.from_numpy(row_R[asked])
-            return self._process(torch.from_numpy(scores_RV), rows, position).numpy()
+            of = torch.from_numpy(asked)
+            at = position if isinstance(position, int) else position[of]
+            return self._process(torch.from_numpy(scores_RV), row_R[of], at).numpy()
 
         h_RD = self._decoder.norm(h_RD)
         return self._sessions.best(h_RD.contiguous().numpy(), process if self._processors else None).tolist()
 
 
-def _pairs(pending: Blocks, last: int) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(pending: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
     """Return row and position, int64 ``[N]``, of all that is pending; the positions of a row lie together."""
-    rows: Sequence[int] = [row for first, group in pending for row in group for _ in range(first, last)]
-    positions = [position for first, group in pending for _ in group for position in range(first, last)]
+    rows = [row for first, last, group in pending for row in group for _ in range(first, last)]
+    positions = [position for first, last, group in pending for _ in group for position in range(first, last)]
     return np.array(rows), np.array(positions)

@@ -129,21 +129,21 @@ def _decoder_pieces(
     executor = runtime.executor(backbone, exits, memory_BSD, backbone.memory_mask(inputs), length, processors, silent)
     executor.embed([0], 0, [[settings.start_id] * length])
     for layer in range(1, executor.num_layers + 1):
-        executor.run_layer(layer, [(0, [0])], length)
+        executor.run_layer(layer, [(0, length, [0])])
     at, layer = length - 1, (executor.num_layers + 1) // 2
     pieces: Pieces = {
         "decoder.embed": partial(executor.embed, [0], at, [[settings.start_id]]),
-        "decoder.head": partial(executor.choose, {executor.num_layers: [0]}, at),
+        "decoder.head": partial(executor.choose, {executor.num_layers: [(0, at)]}),
         "decoder.memory": partial(executor.memory_rows, layer, memory_BSD),
     }
     for m in BLOCK_SIZES:
         if m <= length:
-            pieces[f"decoder.layer{m}"] = partial(executor.run_layer, layer, [(length - m, [0])], length)
+            pieces[f"decoder.layer{m}"] = partial(executor.run_layer, layer, [(length - m, length, [0])])
     if exits is not None and "decoder" in exits.layers:
-        pieces["decoder.exit"] = partial(executor.choose, {exits.layers["decoder"][0]: [0]}, at)
+        pieces["decoder.exit"] = partial(executor.choose, {exits.layers["decoder"][0]: [(0, at)]})
     for signal in _signals(exits, "decoder", DECODER_SIGNALS):
         k = exits.layers["decoder"][0] if exits is not None else 0
-        pieces[f"decoder.{signal}"] = partial(executor.score, signal, k, [0], at)
+        pieces[f"decoder.{signal}"] = partial(executor.score, signal, k, [(0, at)])
     return pieces
 
 

@@ -130,6 +130,6 @@ def _step(runtime: Runtime, backbone: Backbone) -> Callable[[], None]:
 
     def step() -> None:
         for layer in range(1, decoder.num_layers + 1):
-            executor.run_layer(layer, [(0, [0])], 1)
+            executor.run_layer(layer, [(0, 1, [0])])
 
     return step

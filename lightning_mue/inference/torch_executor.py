@@ -15,11 +15,12 @@ from torch import Tensor
 from lightning_mue.backbones import Backbone
 from lightning_mue.backbones.stream import TokenProcessor, causal_mask
 from lightning_mue.exits import Exits
-from lightning_mue.inference.schedule import Blocks
+from lightning_mue.inference.schedule import Block, Place
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.signals import NEEDS_LOGITS, OF_LOGITS, flat_similarity, similarity
 
 Index = slice | Tensor
+Position = int | Tensor
 
 
 class TorchExecutor:
@@ -62,7 +63,7 @@ class TorchExecutor:
         self.ids = torch.zeros(self.batch, positions + 1, dtype=torch.long, device=memory_BSD.device)
         self._memory_kv: list[tuple[Tensor, Tensor] | None] = [None] * (decoder.num_layers + 1)
         self._projected: list[set[int]] = [set() for _ in range(decoder.num_layers + 1)]
-        self._logits: dict[int, tuple[list[int], Tensor]] = {}
+        self._logits: dict[int, tuple[list[Place], Tensor]] = {}
         self._streaks: dict[int, tuple[int, int]] = {}
 
     def embed(self, rows: Sequence[int], first: int, tokens: Sequence[Sequence[int]]) -> None:
@@ -76,9 +77,9 @@ class TorchExecutor:
             self._logits.clear()
             self._streaks.clear()
 
-    def run_layer(self, layer: int, pending: Blocks, last: int) -> None:
+    def run_layer(self, layer: int, pending: Sequence[Block]) -> None:
         """Push blocks of positions through one layer; its memory K/V are projected when rows first reach it."""
-        for first, rows in pending:
+        for first, last, rows in pending:
             self._run_block(layer, rows, first, last)
 
     def _run_block(self, layer: int, rows: Sequence[int], first: int, last: int) -> None:
@@ -103,23 +104,23 @@ class TorchExecutor:
                 key, value = self._decoder.self_kv(layer, self.states[layer - 1, index, block])
                 self._keys[layer, index, :, block], self._values[layer, index, :, block] = key, value
 
-    def score(self, signal: str, layer: int, rows: Sequence[int], position: int) -> list[float]:
+    def score(self, signal: str, layer: int, places: Sequence[Place]) -> list[float]:
         """Return exit scores as numbers: the one place where a decode waits for the device at every exit."""
         if signal == "static":
-            return [1.0] * len(rows)
+            return [1.0] * len(places)
         with self._watch.part("signals"):
-            index = self._index(rows)
+            index, position = self._at(places)
             if signal in NEEDS_LOGITS:
                 logits_RV = self.exit_logits(layer, index, position)
-                self._logits[layer] = (list(rows), logits_RV)
+                self._logits[layer] = (list(places), logits_RV)
             else:
                 logits_RV = None
             if signal == "patience":
                 assert logits_RV is not None
-                return self._patience(rows, logits_RV.argmax(-1).tolist())
+                return self._patience([row for row, _ in places], logits_RV.argmax(-1).tolist())
             return self.scores(signal, layer, index, position, logits_RV).tolist()
 
-    def scores(self, signal: str, layer: int, index: Index, position: int, logits_RV: Tensor | None) -> Tensor:
+    def scores(self, signal: str, layer: int, index: Index, position: Position, logits_RV: Tensor | None) -> Tensor:
         """Return exit scores ``[R]`` as a tensor; ``logits_RV`` where the signal needs logits."""
         h_RD = self.states[layer, index, position]
         if signal == "similarity":
@@ -144,7 +145,7 @@ class TorchExecutor:
             self._streaks[row] = (token, count + 1 if token == before else 1)
         return [float(self._streaks[row][1]) for row in rows]
 
-    def exit_logits(self, layer: int, index: Index, position: int) -> Tensor:
+    def exit_logits(self, layer: int, index: Index, position: Position) -> Tensor:
         """Return the processed logits ``[R, V]`` of an exit: adapter, shared norm, shared head."""
         h_RD = self._branch(layer, index, position)
         return self._process(self._head(h_RD), index, position)
@@ -153,44 +154,55 @@ class TorchExecutor:
         """Return the logits of exit branches, ``[R, V]``."""
         return self._decoder.head(self._decoder.norm(h_RD))
 
-    def choose(self, exits: Mapping[int, Sequence[int]], position: int) -> dict[int, int]:
+    def choose(self, exits: Mapping[int, Sequence[Place]]) -> dict[Place, int]:
         """Arg-max tokens; exits whose logits the signal computed already cost nothing more."""
         with self._watch.part("head"):
             known = {k: v for k, v in exits.items() if k in self._logits}
             fresh = {k: v for k, v in exits.items() if k not in self._logits}
-            chosen: dict[int, int] = {}
-            for layer, rows in known.items():
+            chosen: dict[Place, int] = {}
+            for layer, group in known.items():
                 order, logits_RV = self._logits[layer]
                 tokens_of = dict(zip(order, logits_RV.argmax(-1).tolist(), strict=True))
-                chosen |= {row: tokens_of[row] for row in rows}
+                chosen |= {place: tokens_of[place] for place in group}
             if fresh:
-                rows = [r for group in fresh.values() for r in group]
-                branches = [self._branch(k, self._index(group), position) for k, group in fresh.items()]
+                places = [place for group in fresh.values() for place in group]
+                branches = [self._branch(k, *self._at(group)) for k, group in fresh.items()]
                 h_RD = torch.cat(branches) if len(branches) > 1 else branches[0]
-                # Rows of several groups are out of order, so they are always indexed, never sliced.
-                index = self._index(rows) if len(fresh) == 1 else torch.tensor(rows, device=self.ids.device)
-                chosen |= dict(zip(rows, self._best(h_RD, index, position), strict=True))
+                chosen |= dict(zip(places, self._best(h_RD, *self._at(places)), strict=True))
             return chosen
 
-    def _best(self, h_RD: Tensor, index: Index, position: int) -> list[int]:
+    def _best(self, h_RD: Tensor, index: Index, position: Position) -> list[int]:
         """Return the token that each exit branch chooses."""
         return self._process(self._head(h_RD), index, position).argmax(-1).tolist()
 
-    def _branch(self, layer: int, index: Index, position: int) -> Tensor:
+    def _branch(self, layer: int, index: Index, position: Position) -> Tensor:
         h_RD = self.states[layer, index, position]
         return h_RD if self._exits is None else self._exits.adapt("decoder", layer, h_RD)
 
-    def _process(self, logits_RV: Tensor, index: Index, position: int) -> Tensor:
-        for processor in self._processors:
-            logits_RV = processor(self.ids[index, : position + 1], logits_RV, self._rows(index))
-        return logits_RV
+    def _process(self, logits_RV: Tensor, index: Index, position: Position) -> Tensor:
+        if isinstance(position, int):
+            for processor in self._processors:
+                logits_RV = processor(self.ids[index, : position + 1], logits_RV, self._rows(index))
+            return logits_RV
+        processed_RV, row_R = torch.empty_like(logits_RV), torch.as_tensor(self._rows(index), device=self.ids.device)
+        for at in position.unique().tolist() if self._processors else ():
+            here = position == at
+            processed_RV[here] = self._process(logits_RV[here], row_R[here], at)
+        return processed_RV if self._processors else logits_RV
 
     def _rows(self, index: Index) -> Sequence[int]:
         return range(self.batch)[index] if isinstance(index, slice) else index.tolist()
 
+    def _at(self, places: Sequence[Place]) -> tuple[Index, Position]:
+        """Return how to index rows and positions."""
+        rows, positions = zip(*places, strict=True)
+        if len({*positions}) == 1:
+            return self._index(rows), positions[0]
+        return torch.tensor(rows, device=self.ids.device), torch.tensor(positions, device=self.ids.device)
+
     def _index(self, rows: Sequence[int]) -> Index:
         """Return a slice where rows are consecutive (reads and writes are then views), else a tensor."""
-        if rows[-1] - rows[0] + 1 == len(rows):
+        if list(rows) == list(range(rows[0], rows[-1] + 1)):
             return slice(rows[0], rows[-1] + 1)
         return torch.tensor(rows, device=self.ids.device)
 

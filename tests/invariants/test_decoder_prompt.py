@@ -250,9 +250,9 @@ def test_simulated_time_is_that_of_the_blocks_that_run(name, monkeypatch):
     others = simulate(recorded(model, tensors), ExitPolicy.full_depth(), replace(LATENCY, decoder=NOTHING)).ms
     blocks, run_layer = [], executor_class().run_layer
 
-    def noting(self, layer, pending, last):
-        blocks.extend((layer, last - first) for first, _ in pending)
-        run_layer(self, layer, pending, last)
+    def noting(self, layer, pending):
+        blocks.extend((layer, last - first) for first, last, _ in pending)
+        run_layer(self, layer, pending)
 
     monkeypatch.setattr(executor_class(), "run_layer", noting)
     seen = 0

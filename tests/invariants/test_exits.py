@@ -66,11 +66,11 @@ def test_just_in_time_states_are_those_of_a_full_pass(name, signal, monkeypatch)
     seen: dict[tuple[int, int, int], int] = {}
     run_layer = executor_class().run_layer
 
-    def counting(self, layer, pending, last):
-        for first, rows in pending:
+    def counting(self, layer, pending):
+        for first, last, rows in pending:
             for row, position in itertools.product(rows, range(first, last)):
                 seen[layer, row, position] = seen.get((layer, row, position), 0) + 1
-        run_layer(self, layer, pending, last)
+        run_layer(self, layer, pending)
 
     monkeypatch.setattr(executor_class(), "run_layer", counting)
     out, executor = generate(model, ExitPolicy({"decoder": rule}), tensors)
