@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,8 @@ class ExitPolicy:
         backlog: with them, so many of the latest positions are still computed exactly; only those further back are
             filled.
         precision: what the model computes in, such as ``bfloat16``; None: as it is.
+        verified: what leaves the decoder early is a draft that the last layer settles, so the tokens are those of full
+            depth; no other stream has a rule.
         groups: only samples of these groups may leave early, all others run at full depth; None: there are no groups.
         fingerprint: of the weights the thresholds belong to; the engine refuses others. None: any weights.
         certificate: None means uncalibrated.
@@ -126,6 +128,7 @@ class ExitPolicy:
     groups: tuple[str, ...] | None = None
     fingerprint: str | None = None
     certificate: Certificate | None = None
+    verified: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", dict(sorted(self.rules.items())))
@@ -138,6 +141,11 @@ class ExitPolicy:
             )
         if self.precision not in PRECISIONS:
             raise ValueError(f"`precision` must be one of {list(PRECISIONS)}, got {self.precision!r}")
+        if self.verified and ([*self.rules] != ["decoder"] or self.kv_fill != "just-in-time"):
+            raise ValueError(
+                "`verified` settles what leaves the decoder: it needs a rule for 'decoder' and for no other stream, and "
+                f"K/V 'just-in-time'; got rules for {[*self.rules]} and {self.kv_fill!r}. See `ExitPolicy.as_drafts`."
+            )
         for stream, rule in self.rules.items():
             if stream != "decoder" and (rule.decay is not None or rule.from_step):
                 raise ValueError(f"`decay` and `from_step` count decoding steps; {stream!r} is left once per sample")
@@ -153,6 +161,15 @@ class ExitPolicy:
     def full_depth(cls) -> ExitPolicy:
         """Return the policy that never leaves early: the plain model."""
         return cls()
+
+    def as_drafts(self) -> ExitPolicy:
+        """Return the policy that drafts with the decoder's rule and loses nothing; it needs no certificate.
+
+        Raises:
+            ValueError: there is no rule for the decoder, or its K/V are made up.
+        """
+        rules = {stream: rule for stream, rule in self.rules.items() if stream == "decoder"}
+        return replace(self, rules=rules, verified=True, groups=None, certificate=None)
 
     @property
     def runtime(self) -> str:
@@ -177,6 +194,8 @@ class ExitPolicy:
             )
         if self.kv_fill != "just-in-time":
             parts.append(f"K/V: {self.kv_fill}" + (f" beyond {self.backlog}" if self.backlog else ""))
+        if self.verified:
+            parts.append("drafts, settled by the last layer")
         return "; ".join(parts) + (f"; in {self.precision}" if self.precision is not None else "")
 
     def to_json(self) -> str:
@@ -197,6 +216,7 @@ class ExitPolicy:
             "kv_fill": self.kv_fill,
             "backlog": self.backlog,
             "precision": self.precision,
+            "verified": self.verified,
             "groups": list(self.groups) if self.groups is not None else None,
             "fingerprint": self.fingerprint,
             "certificate": self.certificate.to_dict() if self.certificate else None,
@@ -231,7 +251,7 @@ class ExitPolicy:
             certificate = Certificate.from_dict(data["certificate"]) if data.get("certificate") else None
             groups = tuple(data["groups"]) if data.get("groups") is not None else None
             how = (data["kv_fill"], data.get("backlog", 0), data.get("precision"), groups)
-            return cls(rules, *how, data["fingerprint"], certificate)
+            return cls(rules, *how, data["fingerprint"], certificate, data.get("verified", False))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} must be a policy; an entry is missing or of another kind: {error}") from error
 

@@ -67,6 +67,8 @@ def simulate(trace: Trace, policy: ExitPolicy, latency: LatencyTable) -> Simulat
     """
     if policy.kv_fill != "just-in-time":
         raise ValueError(f"`kv_fill={policy.kv_fill!r}` changes states and cannot be simulated; decode with the engine")
+    if policy.verified:
+        raise ValueError("A verified policy answers as full depth does; there is nothing to simulate")
     unknown = sorted(set(policy.rules) - set(trace.streams))
     if unknown:
         raise ValueError(f"The policy has rules for streams {unknown}, the trace holds {sorted(trace.streams)}")

@@ -18,7 +18,7 @@ from lightning_mue.exits import attached
 from lightning_mue.export.card import model_card
 from lightning_mue.export.manifest import foreign_files, is_bundle, write_manifest
 from lightning_mue.export.model_file import load_files, read_config, save_files
-from lightning_mue.inference.engine import check_policy
+from lightning_mue.inference.check import check_policy
 from lightning_mue.policy import ExitPolicy
 
 POLICY = "policy.json"

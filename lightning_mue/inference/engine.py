@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones import Backbone, DecodeSettings, fingerprint, num_layers, view
+from lightning_mue.backbones import Backbone, DecodeSettings, fingerprint, view
 from lightning_mue.backbones.prompt import read_prompts
 from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.answers import only_answers
+from lightning_mue.inference.check import check_policy
+from lightning_mue.inference.drafting import LONGEST, DraftLength, measure_cost
 from lightning_mue.inference.encode import Encoded, OnExit, encode
 from lightning_mue.inference.output import ExitOutput, joined
 from lightning_mue.inference.rows import PrefixFn, asked_once, constraint_of, rows_of
 from lightning_mue.inference.runtime import in_precision, make_runtime
-from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, decode
+from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, Drafting, decode
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
 from lightning_mue.policy import ExitPolicy, ExitRule
-from lightning_mue.signals import NEEDS_LOGITS
 
 _NOT_GREEDY = {
     "num_beams",
@@ -74,6 +75,7 @@ class ExitEngine:
         check_policy(policy, self.backbone, self.exits)
         self._runtime = make_runtime(runtime or policy.runtime, self.backbone, policy.precision)
         self.runtime = self._runtime.name
+        self._drafting: dict[int, DraftLength] = {}
         if check_fingerprint and policy.fingerprint is not None and policy.fingerprint != (found := fingerprint(model)):
             raise ValueError(
                 f"The policy was calibrated for weights with fingerprint {policy.fingerprint}, this model has {found}; "
@@ -190,23 +192,34 @@ class ExitEngine:
                 self.backbone, self.exits, inputs, self.policy.rules, watch, on_exit, self._runtime.streams
             )
             prompts = read_prompts(inputs, len(encoded.memory_BSD), settings.start_id)
+            given = (self.backbone, self.exits, encoded.memory_BSD, self.backbone.memory_mask(inputs))
             executor = self._runtime.executor(
-                self.backbone,
-                self.exits,
-                encoded.memory_BSD,
-                self.backbone.memory_mask(inputs),
+                *given,
                 max(map(len, prompts)) - 1 + settings.max_new_tokens,
                 self.backbone.token_processors(settings, prefix_fn, prompts),
                 watch,
             )
+            drafting = self._draft_length(*given) if self.policy.verified else None
             record = decode(
                 executor,
-                decoder_exits(self.policy, settings.max_new_tokens, forced),
+                decoder_exits(self.policy, settings.max_new_tokens, forced, drafting),
                 prompts,
                 settings.end_ids,
                 settings.max_new_tokens,
             )
         return _output(encoded, record, settings, prompts, watch), executor
+
+    def _draft_length(
+        self, backbone: Backbone, exits: Exits | None, memory_BSD: Tensor, mask: Tensor | None
+    ) -> DraftLength:
+        """Return what has been learnt of drafts in batches of this size; what steps cost is measured the first time."""
+        rows, layers = len(memory_BSD), backbone.decoder.num_layers
+        if rows not in self._drafting:
+            silent = Stopwatch(memory_BSD.device, False)
+            cost = measure_cost(self._runtime.executor(backbone, exits, memory_BSD, mask, LONGEST, (), silent), rows)
+            depth = min(self.policy.rules["decoder"].reachable, default=layers)
+            self._drafting[rows] = DraftLength(layers, depth, cost)
+        return self._drafting[rows]
 
     @cached_property
     def _by_group(self) -> tuple[ExitEngine, ExitEngine]:
@@ -241,43 +254,22 @@ def _output(
         record.pairs,
         record.filled,
         watch.ms,
+        record.drafted,
+        record.agreed,
     )
 
 
-def decoder_exits(policy: ExitPolicy, steps: int, forced: Sequence[Sequence[int]] | None = None) -> DecoderExits:
+def decoder_exits(
+    policy: ExitPolicy,
+    steps: int,
+    forced: Sequence[Sequence[int]] | None = None,
+    drafting: Drafting | None = None,
+) -> DecoderExits:
     """Return the decoder's rule as the schedule wants it, for at most ``steps`` tokens."""
     rule = policy.rules.get("decoder", ExitRule("static", (1,), (math.inf,)))
     return DecoderExits(
-        rule.signal, lambda step: rule.thresholds_at(step, steps), policy.kv_fill, policy.backlog, forced
+        rule.signal, lambda step: rule.thresholds_at(step, steps), policy.kv_fill, policy.backlog, forced, drafting
     )
-
-
-def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) -> None:
-    """Compare a policy with a backbone and its exits.
-
-    Raises:
-        ValueError: what does not fit, what there is, and what to do.
-    """
-    layers = num_layers(backbone)
-    for stream, rule in policy.rules.items():
-        if stream not in layers:
-            raise ValueError(f"The policy names the stream {stream!r}; this backbone has {list(layers)}.")
-        if rule.layers[-1] >= layers[stream]:
-            raise ValueError(
-                f"The policy leaves {stream!r} after layer {rule.layers[-1]}; exits lie in 1..{layers[stream] - 1}."
-            )
-        known = exits.layers.get(stream, ()) if exits is not None else None
-        if known is not None and not set(rule.layers) <= set(known):
-            raise ValueError(
-                f"The policy leaves {stream!r} after {list(rule.layers)}, exits are attached at {list(known)}; "
-                "attach exits there and train them."
-            )
-        if rule.signal == "gate" and (exits is None or not exits.config.gate):
-            raise ValueError(f"The policy's signal for {stream!r} is 'gate', but no gates are attached.")
-        if stream != "decoder" and rule.signal in NEEDS_LOGITS:
-            raise ValueError(
-                f"Signal {rule.signal!r} needs logits; stream {stream!r} has none. Use gate or similarity."
-            )
 
 
 def _check_inputs(inputs: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ class ExitOutput:
         filled: pairs whose K/V were made up instead (other than just-in-time).
         timings: part -> milliseconds: one per stream, ``embed``, ``layers``, ``memory`` (cross-attention projection),
             ``signals``, ``head``, and ``total``; empty if they were not asked for.
+        drafted: tokens that the last layer was asked to settle, under a verified policy.
+        agreed: of them, those that it would have chosen itself.
     """
 
     sequences: Tensor
@@ -34,6 +36,8 @@ class ExitOutput:
     pairs: int
     filled: int
     timings: dict[str, float]
+    drafted: int = 0
+    agreed: int = 0
 
 
 def joined(parts: Sequence[tuple[list[int], ExitOutput]], size: int, pad_id: int) -> ExitOutput:
@@ -61,6 +65,8 @@ def joined(parts: Sequence[tuple[list[int], ExitOutput]], size: int, pad_id: int
         sum(out.pairs for _, out in parts),
         sum(out.filled for _, out in parts),
         dict(timings),
+        sum(out.drafted for _, out in parts),
+        sum(out.agreed for _, out in parts),
     )
 
 

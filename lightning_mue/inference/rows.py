@@ -27,13 +27,13 @@ def groups_of(policy: ExitPolicy, batch: Mapping[str, Any]) -> list[str] | None:
 
 def asked_once(prefix_fn: PrefixFn) -> PrefixFn:
     """Return the constraint, asked once in a step of a row, however often a head wants to know."""
-    last: dict[int, tuple[list[int], list[int]]] = {}
+    last: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
 
     def allowed(row: int, ids: Tensor) -> list[int]:
-        known = ids.tolist()
-        if row not in last or last[row][0] != known:
-            last[row] = known, prefix_fn(row, ids)
-        return last[row][1]
+        known, step = ids.tolist(), (row, len(ids))
+        if step not in last or last[step][0] != known:
+            last[step] = known, prefix_fn(row, ids)
+        return last[step][1]
 
     return allowed
 

@@ -50,8 +50,8 @@ class Executor(Protocol):
 class Drafting(Protocol):
     """Decides how far to draft before the last layer is asked."""
 
-    def length(self, rows: int) -> int:
-        """Return how many positions of each of so many rows the last layer settles together; 1: no drafts."""
+    def length(self) -> int:
+        """Return how many positions of a row the last layer settles together; 1: no drafts."""
 
     def saw(self, depths: Sequence[int], agreed: int) -> None:
         """Learn that tokens were drafted at these depths, and that the first ``agreed`` of them were right."""
@@ -202,7 +202,7 @@ class _Decoding:
         """Return row -> exit layer -> threshold; nothing for rows whose drafts are to be settled now."""
         at = {r: len(self.record.tokens[r]) for r in rows}
         if self.exits.drafting is not None:
-            most = self.exits.drafting.length(len(rows))
+            most = self.exits.drafting.length()
             at = {r: n for r, n in at.items() if self.at[r] - self.settled[r] + 1 < most and n + 1 < self.steps}
         if (forced := self.exits.forced) is not None:
             return {r: {forced[r][n]: -math.inf} for r, n in at.items() if n < len(forced[r])}

@@ -1,0 +1,36 @@
+"""Whether a policy fits a backbone."""
+
+from __future__ import annotations
+
+from lightning_mue.backbones import Backbone, num_layers
+from lightning_mue.exits import Exits
+from lightning_mue.policy import ExitPolicy
+from lightning_mue.signals import NEEDS_LOGITS
+
+
+def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) -> None:
+    """Compare a policy with a backbone and its exits.
+
+    Raises:
+        ValueError: what does not fit, what there is, and what to do.
+    """
+    layers = num_layers(backbone)
+    for stream, rule in policy.rules.items():
+        if stream not in layers:
+            raise ValueError(f"The policy names the stream {stream!r}; this backbone has {list(layers)}.")
+        if rule.layers[-1] >= layers[stream]:
+            raise ValueError(
+                f"The policy leaves {stream!r} after layer {rule.layers[-1]}; exits lie in 1..{layers[stream] - 1}."
+            )
+        known = exits.layers.get(stream, ()) if exits is not None else None
+        if known is not None and not set(rule.layers) <= set(known):
+            raise ValueError(
+                f"The policy leaves {stream!r} after {list(rule.layers)}, exits are attached at {list(known)}; "
+                "attach exits there and train them."
+            )
+        if rule.signal == "gate" and (exits is None or not exits.config.gate):
+            raise ValueError(f"The policy's signal for {stream!r} is 'gate', but no gates are attached.")
+        if stream != "decoder" and rule.signal in NEEDS_LOGITS:
+            raise ValueError(
+                f"Signal {rule.signal!r} needs logits; stream {stream!r} has none. Use gate or similarity."
+            )
