@@ -11,10 +11,9 @@ size are timed in turn, in a new order each round. Writes ``benchmarks/results/d
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from decode_case import Case, Shape
-from decode_lines import ALIKE, BASELINE, LINES, Answer, Line, check
+from decode_limits import ideal_rows, limit_rows, machines
+from decode_lines import ALIKE, BASELINE, COMPILED, LINES
+from decode_measure import Measured, measure
 from rich.progress import Progress
 from targets import device, note, today
 
@@ -47,22 +48,9 @@ COLUMNS = (
     "mean depth",
     "computed",
     "pairs",
+    "K/V MB",
+    "memory K/V MB",
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A line's times.
-
-    Args:
-        answer: what it decoded.
-        ms: of whole decodes, ``[repeats]``.
-        parts: of our decodes -> milliseconds, ``[repeats]``.
-    """
-
-    answer: Answer
-    ms: np.ndarray
-    parts: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -123,13 +111,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     clock = time.process_time if args.threads == 1 else time.perf_counter
     shape = read_shape(args.shape)
     found: dict[int, dict[str, Measured]] = {}
+    notes: dict[int, dict[str, str]] = {}
+    lines = {**LINES, **(COMPILED if args.compiled else {})}
     with Progress() as bars:
-        bar = bars.add_task("decodes", total=sum(len(LINES) * (1 + repeats) for repeats in args.repeats))
+        bar = bars.add_task("decodes", total=sum(len(lines) * (1 + repeats) for repeats in args.repeats))
         for batch, repeats in zip(args.batch_sizes, args.repeats, strict=True):
             bars.update(bar, description=f"decodes at batch {batch}")
-            # The case is forgotten before the next one: each has models of its own.
-            found[batch] = measure(Case(shape, batch, clock, args.seed), LINES, repeats, lambda: bars.advance(bar))
-    text = report(args, shape, found)
+            case = Case(shape, batch, clock, args.seed)  # its models are forgotten before the next one's are made
+            found[batch] = measure(case, lines, repeats, lambda: bars.advance(bar))
+            found[batch] |= ideal_rows(case, found[batch]) | limit_rows(case, machines(case))
+            notes[batch] = case.notes
+    text = report(args, shape, found, notes)
     threads = "" if args.threads == 1 else f"_{args.threads}_threads"
     target = Path(args.out) / f"decode_{args.shape}{threads}_{today()}.md"
     write_text(target, text)
@@ -148,6 +140,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(REPEATS))
     parser.add_argument("--repeats", type=int, nargs="+", help="one number, or one for each batch size")
     parser.add_argument("--threads", type=int, default=1, help="1: CPU time; more: wall clock")
+    parser.add_argument("--compiled", action="store_true", help="transformers' compiled forward too; takes minutes")
     parser.add_argument("--seed", type=int, default=2, help="at 2, ragged depths compute about the expected pairs")
     parser.add_argument("--out", default=str(RESULTS), help="folder; only in the usual one are targets noted too")
     args = parser.parse_args(argv)
@@ -165,50 +158,6 @@ def read_shape(name: str) -> Shape:
     return Shape(**json.loads(SHAPES.read_text())[name])
 
 
-def measure(
-    case: Case, lines: Mapping[str, Line], repeats: int, on_done: Callable[[], None] = lambda: None
-) -> dict[str, Measured]:
-    """Check every line, which warms it up, then time all of them in turn.
-
-    Raises:
-        ValueError: a line decodes something else.
-    """
-    runs = {name: line.prepare(case) for name, line in lines.items()}
-    answers: dict[str, list[Answer]] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in lines}
-    with torch.inference_mode():
-        for name, run in runs.items():
-            answers[name] = [run()]
-            check(case, name, lines[name], answers[name][0], answers[BASELINE][0])
-            on_done()
-        for name in _turns(list(lines), repeats, case.seed):
-            begin = case.clock()
-            answer = runs[name]()
-            seconds[name].append(case.clock() - begin)
-            answers[name].append(answer)
-            on_done()
-    return {name: _measured(answers[name], seconds[name]) for name in lines}
-
-
-def _turns(names: list[str], repeats: int, seed: int) -> Iterator[str]:
-    """Yield all names once a round, in a new order each, and the garbage of the last one collected."""
-    rng = np.random.default_rng(seed)
-    gc.freeze()  # what was there before is nobody's garbage, and looking through it takes longest
-    try:
-        for _ in range(repeats):
-            for i in rng.permutation(len(names)):
-                gc.collect()
-                yield names[i]
-    finally:
-        gc.unfreeze()
-
-
-def _measured(answers: Sequence[Answer], seconds: Sequence[float]) -> Measured:
-    first, *timed = answers
-    parts = {part: np.array([answer.parts[part] for answer in timed]) for part in first.parts}
-    return Measured(first, np.array(seconds) * 1e3, parts)
-
-
 def promised(args: argparse.Namespace) -> bool:
     """Whether the promises are of this run."""
     return args.shape == PROMISED and args.threads == 1
@@ -219,7 +168,12 @@ def values(found: Mapping[int, Mapping[str, Measured]]) -> list[tuple[Promise, i
     return [(p, batch, p.value(of_batch)) for p in PROMISES for batch, of_batch in found.items() if batch in p.targets]
 
 
-def report(args: argparse.Namespace, shape: Shape, found: Mapping[int, Mapping[str, Measured]]) -> str:
+def report(
+    args: argparse.Namespace,
+    shape: Shape,
+    found: Mapping[int, Mapping[str, Measured]],
+    notes: Mapping[int, Mapping[str, str]],
+) -> str:
     """Return the page."""
     clock = "CPU time of the process" if args.threads == 1 else "wall clock"
     half = shape.layers // 2
@@ -236,12 +190,18 @@ def report(args: argparse.Namespace, shape: Shape, found: Mapping[int, Mapping[s
         "exactly; 'computed' is the mean depth with them.\n\n"
         f"A speed-up is made of two things: what our own full depth of the same precision gains on {BASELINE} (kernels "
         "and precision, no exits), times what exits gain on that. Exits save nothing of the head, and nothing of the "
-        "memory's projection once every row has been in the last layer.\n"
+        "memory's projection once every row has been in the last layer.\n\n"
+        "ideal: own full depth with the layers' time cut to the ragged depths' share of pairs, nothing caught up. "
+        "limit: weights and the memory's K/V read, and multiplied with, as fast as this machine was seen to do either, "
+        "the head in 8 bits; nothing else. Neither is decoded. K/V: held at the end of a decode, of the answer itself "
+        "and of the memory. assisted: the assistant is the model itself, cut after half of its layers, all weights "
+        "shared; with random weights its drafts are hardly ever right.\n"
     )
     for (batch, of_batch), repeats in zip(found.items(), args.repeats, strict=True):
         rows = "\n".join(_row(name, of_batch) for name in of_batch)
         header = f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 1)}"
         text += f"\n## Batch {batch}, {repeats} repeats\n\n{header}\n{rows}\n"
+        text += "".join(f"\n{name}: {about}.\n" for name, about in notes[batch].items())
     return text + (f"\n## Promises\n\n{_promises(found)}" if promised(args) else "")
 
 
@@ -249,14 +209,15 @@ def _row(name: str, found: Mapping[str, Measured]) -> str:
     this, baseline = found[name], found[BASELINE]
     ratio = this.ms / baseline.ms
     cells = [name, spread(this.ms, 1), spread(ratio, 3), f"{np.median(1 / ratio):.2f}"]
-    full, depths = found.get(LINES[name].full or ""), this.answer.depths
+    cache = [f"{held / 1e6:.2f}" if held else "-" for held in this.answer.cache]
+    full, depths = found.get(this.full or ""), this.answer.depths
     if full is None or depths is None:
-        return f"| {' | '.join([*cells, *['-'] * (len(COLUMNS) - len(cells))])} |"
+        return f"| {' | '.join([*cells, *['-'] * (len(COLUMNS) - len(cells) - len(cache)), *cache])} |"
     cells += [f"{np.median(baseline.ms / full.ms):.2f}", f"{np.median(full.ms / this.ms):.2f}"]
     cells += [f"{np.median(this.parts[part]):.1f}" for part in ("layers", "memory", "head")]
     tokens = sum(map(len, depths))
     cells += [spread(this.parts["layers"] / full.parts["layers"], 3), f"{sum(map(sum, depths)) / tokens:.2f}"]
-    return f"| {' | '.join([*cells, f'{this.answer.pairs / tokens:.2f}', f'{this.answer.pairs:,}'])} |"
+    return f"| {' | '.join([*cells, f'{this.answer.pairs / tokens:.2f}', f'{this.answer.pairs:,}', *cache])} |"
 
 
 def spread(values: np.ndarray, digits: int) -> str:
@@ -290,8 +251,10 @@ def where(threads: int) -> str:
 def command(args: argparse.Namespace) -> str:
     """Return the command line that measures this again."""
     sizes, repeats = (" ".join(map(str, numbers)) for numbers in (args.batch_sizes, args.repeats))
+    compiled = " --compiled" if args.compiled else ""
     return (
         f"python benchmarks/decode.py --shape {args.shape} --batch-sizes {sizes} --repeats {repeats} --seed {args.seed}"
+        + compiled
     )
 
 

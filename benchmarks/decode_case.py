@@ -44,18 +44,23 @@ class Case:
         batch: rows.
         clock: seconds, of the parts too.
         seed: of weights, memory and ragged depths.
+
+    Attributes:
+        half: of the layers, rounded down.
+        notes: line -> what a reader must know of it, such as why it is left out.
     """
 
     def __init__(self, shape: Shape, batch: int, clock: Clock, seed: int) -> None:
         self.shape, self.batch, self.clock, self.seed = shape, batch, clock, seed
+        self.notes: dict[str, str] = {}
         self._made: dict[Hashable, Any] = {}
         generator = torch.Generator().manual_seed(seed)
         self._memory_BSD = torch.randn(batch, shape.memory, shape.width, generator=generator)
-        half = shape.layers // 2
+        self.half = shape.layers // 2
         self.depths = {
             "full": [[shape.layers] * shape.steps for _ in range(batch)],
-            "static": [[half] * shape.steps for _ in range(batch)],
-            "ragged": ragged_depths(batch, shape.steps, shape.layers, half, seed),
+            "static": [[self.half] * shape.steps for _ in range(batch)],
+            "ragged": ragged_depths(batch, shape.steps, shape.layers, self.half, seed),
         }
 
     def memory(self, precision: str) -> Tensor:

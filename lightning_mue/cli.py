@@ -18,6 +18,7 @@ OWN = {
     "quickstart": "the whole life cycle on built-in data, with a table and a report",
     "freeze": "make a bundle of a checkpoint and a policy",
     "generate": "answer for a picture with a bundle",
+    "benchmark": "measure a bundle on your data: quality, time, and where both come from",
     "policy": "show a policy's promise in plain words",
     "data": "write built-in data, or your copy of a public data set, as shards",
 }
@@ -74,15 +75,28 @@ def _freeze(args: Sequence[str]) -> None:
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of `mue fit`")
     parser.add_argument("--policy", help="policy.json; the one beside the checkpoint if not given, else full depth")
     parser.add_argument("--out", required=True, help="folder of the bundle")
+    parser.add_argument(
+        "--runtime",
+        choices=["onnxruntime"],
+        help="write graphs: the bundle then answers with onnxruntime, numpy, tokenizers and Pillow alone",
+    )
+    parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="also write each stream before the decoder as one ONNX file, its exits in it, for other programs",
+    )
     found = parser.parse_args(args)
     from lightning_mue.checkpoint import load_checkpoint
     from lightning_mue.export import freeze
+    from lightning_mue.export.manifest import bundle_size
     from lightning_mue.policy import find_policy
 
     module, processor = load_checkpoint(found.ckpt_path)
     policy = find_policy(found.policy, found.ckpt_path)
-    bundle = freeze(module.model, policy, found.out, processor)
+    bundle = freeze(module.model, policy, found.out, processor, runtime=found.runtime, graphs=found.graphs)
+    weights, rest = bundle_size(bundle)
     print(f"{bundle}: {policy.depths_in_words()}")
+    print(f"{weights / 1e6:.1f} MB of weights{' and graphs' if found.runtime else ''}, {rest / 1e6:.1f} MB of all else")
     if policy.certificate is not None:
         print(policy.certificate.in_words())
 
@@ -115,6 +129,12 @@ def _generate(args: Sequence[str]) -> None:
     given = (None if text is None else [text] * len(pictures) for text in (found.decoder_prompt, found.group))
     for answer in engine.answer(pictures, [found.prompt] * len(pictures), found.max_new_tokens, *given):
         print(answer)
+
+
+def _benchmark(args: Sequence[str]) -> None:
+    from lightning_mue.benchmark.command import main as benchmark
+
+    benchmark(_parser("benchmark"), args)
 
 
 def _policy(args: Sequence[str]) -> None:

@@ -38,7 +38,8 @@ projected by each layer's own weights (CALM); or the projected K/V are copied up
 means to do; as released it leaves holes)."""
 
 
-PRECISIONS = (None, "bfloat16", "float16", "int8")
+PRECISIONS = (None, "bfloat16", "float16", "int8", "int8_rows")
+"""``int8_rows``: a row's answer does not depend, to the last bit, on the rows beside it; ``int8`` is a little faster."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class ExitPolicy:
             raise ValueError(f"`precision` must be one of {list(PRECISIONS)}, got {self.precision!r}")
         if self.verified and ([*self.rules] != ["decoder"] or self.kv_fill != "just-in-time"):
             raise ValueError(
-                "`verified` settles what leaves the decoder: it needs a rule for 'decoder' and for no other stream, and "
+                "`verified` settles what leaves the decoder: it needs a rule for 'decoder', none for other streams, and "
                 f"K/V 'just-in-time'; got rules for {[*self.rules]} and {self.kv_fill!r}. See `ExitPolicy.as_drafts`."
             )
         for stream, rule in self.rules.items():
@@ -175,7 +176,7 @@ class ExitPolicy:
     def runtime(self) -> str:
         """What it was calibrated for: ``torch`` if nothing says otherwise; 8 bits need ONNX Runtime."""
         calibrated = self.certificate.decode.get("runtime") if self.certificate is not None else None
-        return calibrated or ("onnxruntime" if self.precision == "int8" else "torch")
+        return calibrated or ("onnxruntime" if (self.precision or "").startswith("int8") else "torch")
 
     @property
     def is_full_depth(self) -> bool:

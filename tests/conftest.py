@@ -19,8 +19,10 @@ def _one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Graphs that are kept between runs must not be those of another version of the code."""
-    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache"))):
+    """Graphs that are kept must not be those of another version of the code; the workers of one run share them."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(base / "cache")):
         yield
 
 

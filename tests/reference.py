@@ -105,8 +105,8 @@ def left_after(model: Any, stream: str, depth: int):
 def generate(
     model: Any, tensors: Mapping[str, Tensor], depths: Mapping[str, int] | None = None, **settings: Any
 ) -> Tensor:
-    """Return the model's own greedy ``generate``; ``depths`` as in ``inputs``."""
-    return model.generate(**inputs(model, tensors, depths), num_beams=1, do_sample=False, **settings)
+    """Return the model's own ``generate``, greedy if nothing else is asked; ``depths`` as in ``inputs``."""
+    return model.generate(**inputs(model, tensors, depths), **{"num_beams": 1, "do_sample": False} | settings)
 
 
 def truncated_generate(model: Any, tensors: Mapping[str, Tensor], stream: str, depth: int, **settings: Any) -> Tensor:

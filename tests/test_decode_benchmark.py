@@ -3,20 +3,25 @@
 import json
 import time
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 
 import decode
 import numpy as np
 import pytest
 import targets
 import torch
+import yaml
 from decode import LAYERS, PROMISES, Measured, measure, read_shape, values
 from decode_case import START, Case, ragged_depths
-from decode_lines import BASELINE, LINES, Answer, engine_lines, generate_line, torch_executor
+from decode_limits import ideal_rows, limit_rows
+from decode_lines import ASSISTED, BASELINE, COMPILED, LINES, Answer, engine_lines, generate_line, torch_executor
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_mue.backbones import view
+from lightning_mue.benchmark.limits import Machine
 from lightning_mue.inference.torch_executor import TorchExecutor
+from tests.runs import ROOT
 
 NAMES = [
     "generate fp32 sdpa",
@@ -39,8 +44,8 @@ NAMES = [
 ROWS, STEPS, DEPTH = 5, 8, 6
 
 
-def tiny(seed=2):
-    return Case(read_shape("tiny"), ROWS, time.process_time, seed)
+def tiny(seed=2, rows=ROWS):
+    return Case(read_shape("tiny"), rows, time.process_time, seed)
 
 
 @pytest.fixture(scope="module")
@@ -193,22 +198,115 @@ def test_the_script_writes_a_table(tmp_path, capsys):
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert {len(row) for row in rows} == {len(decode.COLUMNS)}
     cells = [[row[0], *numbers(row[1:])] for row in rows if row[0] in LINES]
-    assert [row[0] for row in cells] == list(LINES) * 2
+    at_eight = [name for name in LINES if name != ASSISTED]
+    assert [row[0] for row in cells] == [*LINES, *at_eight]
+    assert f"{ASSISTED}: left out: ValueError: assisted generate is only supported for batch_size = 1." in text
     for tokens, batch in ((8, cells[: len(LINES)]), (64, cells[len(LINES) :])):
         ms = {row[0]: row[1] for row in batch}
         for name, _, ratio, speedup, *rest in batch:
             assert ratio == pytest.approx(ms[name] / ms[BASELINE], rel=0.02)
             assert speedup == pytest.approx(ms[BASELINE] / ms[name], rel=0.02)
             if not name.startswith("generate"):
-                of_full, of_exits, layers, memory, head, _, depth, computed, pairs = rest
+                of_full, of_exits, layers, memory, head, _, depth, computed, pairs, *_ = rest
                 assert of_full * of_exits == pytest.approx(speedup, rel=0.03)
                 assert layers + memory + head < ms[name]
                 assert depth == (6 if name.endswith("full") else 3)
                 assert computed == pytest.approx(pairs / tokens, abs=0.005)
 
+    derived = {row[0]: numbers(row[1:]) for row in rows if row[0].endswith(" ideal") or row[0].startswith("limit ")}
+    engines = [name for name in LINES if name.endswith(" full")]
+    limits = [f"limit {p} {schedule}" for p in ("fp32", "bf16", "int8") for schedule in ("full", "ragged")]
+    assert list(derived) == [*(name.replace(" full", " ideal") for name in engines), *limits]
+
 
 def numbers(cells):
     return [float(cell.split()[0].replace(",", "")) for cell in cells if cell != "-"]
+
+
+def test_an_assistant_is_the_model_cut_in_half_and_changes_no_token(monkeypatch):
+    case, assistants = tiny(rows=1), []
+    decoding = GenerationMixin._assisted_decoding
+
+    @wraps(decoding)  # `generate` reads the signature
+    def noted(self, *args, **settings):
+        assistants.append(settings["assistant_model"])
+        return decoding(self, *args, **settings)
+
+    monkeypatch.setattr(GenerationMixin, "_assisted_decoding", noted)
+    found = measure(case, {BASELINE: LINES[BASELINE], ASSISTED: LINES[ASSISTED]}, 1)
+    assert found[ASSISTED].answer.tokens == found[BASELINE].answer.tokens
+    assistant, own = assistants[0], {id(parameter) for parameter in case.model().parameters()}
+    assert len(assistant.model.language_model.decoder.layers) == DEPTH / 2
+    assert {id(parameter) for parameter in assistant.parameters()} < own
+    assert len(case.model().model.language_model.decoder.layers) == DEPTH
+    passes = int(case.notes[ASSISTED].split()[4])
+    assert STEPS / DEPTH <= passes <= STEPS
+
+
+def test_the_compiled_line_is_generate_or_says_why_not(monkeypatch):
+    (name,), compiled = COMPILED, []
+    lines = {BASELINE: LINES[BASELINE], **COMPILED}
+    monkeypatch.setattr(torch, "compile", lambda forward, **how: compiled.append(how) or forward)
+    assert measure(tiny(), lines, 1)[name].answer.tokens
+    assert compiled == [{"dynamic": True}]
+
+    def fail(_forward, **_how):
+        raise RuntimeError("no compiler\nanywhere")
+
+    monkeypatch.setattr(torch, "compile", lambda _forward, **_how: fail)
+    case = tiny()
+    told = []
+    assert list(measure(case, lines, 2, lambda: told.append(None))) == [BASELINE]
+    assert case.notes[name].startswith("left out: ")
+    assert len(told) == len(lines) * 3
+
+
+def test_held_bytes_by_hand(measured):
+    _, found = measured
+    own, memory = DEPTH * ROWS * 64 * 2, DEPTH * ROWS * 20 * 64 * 2
+    for name, size in (("generate fp32 sdpa", 4), ("generate bf16 eager", 2), ("generate int8 sdpa", 4)):
+        assert found[name].answer.cache == (own * STEPS * size, memory * size)
+    buffers = own * STEPS * (DEPTH + 1) // DEPTH  # with a place for what enters layer 1, which stays empty
+    assert found["torch fp32 full"].answer.cache == (buffers * 4, memory * 4)
+    assert found["torch fp32 static"].answer.cache == (buffers * 4, memory * 4 // 2)
+    assert found["ORT int8 full"].answer.cache[1] == memory * 2
+
+
+def test_an_ideal_has_the_share_of_pairs_and_no_other_upkeep():
+    case = tiny(rows=2)
+    full = Measured(Answer([]), np.array([100.0, 80.0]), {"layers": np.array([60.0, 40.0])}, "a full")
+    other = Measured(Answer([]), np.array([1.0, 1.0]), {"layers": np.array([1.0, 1.0])}, "a full")
+    rows = ideal_rows(case, {"a full": full, "a ragged": other, BASELINE: Measured(Answer([]), full.ms, {})})
+    assert list(rows) == ["a ideal"]
+    assert np.mean(case.depths["ragged"]) == DEPTH / 2
+    assert rows["a ideal"].ms.tolist() == [70, 60]
+    assert rows["a ideal"].parts["layers"].tolist() == [30, 20]
+    assert rows["a ideal"].answer.pairs == np.sum(case.depths["ragged"])
+
+
+def test_limits_by_hand():
+    """One row at full depth, on a machine that multiplies in no time, and on one that reads in no time."""
+    case = tiny(rows=1)
+    width, ffn, vocabulary, memory = 64, 96, 199, 20
+    biases = 6 * width + ffn + width
+    layer, projection = 6 * width**2 + 2 * width * ffn + biases, 2 * (width**2 + width)
+    reads = {p: Machine(p, 1000.0, float("inf")) for p in ("float32", "bfloat16", "int8")}
+    found = limit_rows(case, reads)
+    for name, (of_weight, of_cached) in {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 2)}.items():
+        parts = found[f"limit {name} full"].parts
+        expected = {
+            "layers": DEPTH * STEPS * (layer * of_weight + 2 * memory * width * of_cached),
+            "memory": DEPTH * projection * of_weight,
+            "head": STEPS * vocabulary * width,
+        }
+        assert {part: float(ms[0]) for part, ms in parts.items()} == pytest.approx(expected)
+        assert found[f"limit {name} full"].ms == pytest.approx(sum(expected.values()))
+    multiplies = {p: Machine(p, float("inf"), 1000.0) for p in reads}
+    found = limit_rows(case, multiplies)
+    pairs = pairs_by_hand(case.depths["ragged"])
+    one = layer - biases + 2 * width + 2 * memory * width
+    assert float(found["limit int8 ragged"].parts["layers"][0]) == pytest.approx(pairs * one)
+    assert found["limit int8 ragged"].answer.pairs == pairs
 
 
 @pytest.mark.parametrize(
@@ -265,3 +363,13 @@ def test_the_promised_shape_is_the_issues():
     shape = read_shape("issue")
     sizes = shape.layers, shape.width, shape.heads, shape.ffn, shape.vocabulary, shape.memory, shape.steps
     assert sizes == (6, 768, 12, 3072, 51289, 597, 20)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "flickr8k_caption", "sroie_lines"])
+def test_shapes_of_recipes_are_the_recipes(name):
+    recipe, shape = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text()), read_shape(name)
+    text, generation = (recipe["model"]["backbone"][part] for part in ("text_config", "generation_config"))
+    sizes = (text[key] for key in ("decoder_layers", "d_model", "decoder_attention_heads", "decoder_ffn_dim"))
+    assert (shape.layers, shape.width, shape.heads, shape.ffn) == tuple(sizes)
+    assert (shape.vocabulary, shape.steps) == (text["vocab_size"], generation["max_new_tokens"])
+    assert shape.memory > recipe["data"]["image_tokens"]

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from lightning_mue.inference.profile import measure_decoder
 from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
 from lightning_mue.policy import ExitPolicy
 
@@ -18,6 +19,38 @@ def test_round_trip(tmp_path):
 def test_cost_of_a_block_is_linear_between_and_beyond_what_was_measured():
     cost = example().decoder.layer_cost(np.array([0, 1, 2, 3, 4, 9]))
     assert cost.tolist() == [0.0, 1.0, 1.5, 1.75, 2.0, 3.25]
+
+
+class Ticking:
+    """An executor on a clock of its own: every layer takes its own time, which grows with the positions."""
+
+    num_layers = 3
+
+    def __init__(self):
+        self.seconds, self.visited, self._memory = 0.0, [], None
+
+    def embed(self, rows, first, tokens):
+        self.seconds += 0.25
+
+    def choose(self, exits):
+        self.seconds += 2.0
+
+    def memory_rows(self, layer, memory):
+        self.seconds += 4.0 * layer
+
+    def run_layer(self, layer, pending):
+        ((first, last, _),) = pending
+        self.seconds += layer * (last - first)
+        self.visited.append(layer)
+
+
+def test_layers_are_measured_in_turn_and_their_mean_is_kept():
+    executor = Ticking()
+    found = measure_decoder(executor, 2, 5, repeats=4, clock=lambda: executor.seconds)
+    assert found.block_sizes == (1, 2, 4)
+    assert found.layer_ms == (2000.0, 4000.0, 8000.0)
+    assert (found.cross_ms, found.step_ms) == (8000.0, 2250.0)
+    assert executor.visited == [1, 2, 3] * (len(executor.visited) // 3)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 
-from lightning_mue.backbones.pieces import Head, LayerPieces, bart_pieces
+from lightning_mue.backbones.pieces import LayerPieces, bart_pieces
 from lightning_mue.backbones.stream import LayerKV
 
 
@@ -65,9 +65,12 @@ class BartDecoderStream:
 
     def embed(self, ids_BT: Tensor, first: int) -> Tensor:
         """Token and position embeddings, as ``BartDecoder.forward`` adds them."""
+        return self.embed_at(ids_BT, torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device))
+
+    def embed_at(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:
+        """The same, of positions that are named."""
         decoder = self._decoder
-        positions = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)
-        h_BTD = decoder.embed_tokens(ids_BT) + decoder.embed_positions(ids_BT, first, position_ids=positions)
+        h_BTD = decoder.embed_tokens(ids_BT) + decoder.embed_positions(ids_BT, position_ids=positions_T)
         h_BTD = decoder.layernorm_embedding(h_BTD)
         return nn.functional.dropout(h_BTD, p=decoder.dropout, training=decoder.training)
 
@@ -106,9 +109,14 @@ class BartDecoderStream:
         return bart_pieces(self._decoder.layers[k - 1], self.num_heads, self._prenorm)
 
     @property
+    def norm_piece(self) -> nn.Module:
+        """The final norm as a module."""
+        return self._norm
+
+    @property
     def head_piece(self) -> nn.Module:
-        """Final norm and head as one module."""
-        return Head(self._norm, self._head)
+        """The head as a module."""
+        return self._head
 
     def head_weights(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Matrix and bias of the head, as float32 arrays that share the parameters' memory where they can."""

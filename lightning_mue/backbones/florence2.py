@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lightning_mue.backbones.bart import BartDecoderStream
 from lightning_mue.backbones.generation import build_processors, generate_with_prompts, read_settings
 from lightning_mue.backbones.joint import JointEncoderStream
-from lightning_mue.backbones.modality import modality_streams, split_modalities
+from lightning_mue.backbones.modality import modality_order, modality_streams
 from lightning_mue.backbones.stream import (
     DecodeSettings,
     EncoderKind,
@@ -131,8 +131,7 @@ class Florence2View:
         if valid is None:
             return None
         if self._kind != "joint":
-            order_BS = torch.cat(split_modalities(inputs, self.model.config.image_token_id), 1)
-            valid = valid.gather(1, order_BS)
+            valid = valid.gather(1, modality_order(inputs, self.model.config.image_token_id))
         return additive_mask(valid.bool(), self.model.lm_head.weight.dtype)
 
     def decode_settings(self, max_new_tokens: int | None) -> DecodeSettings:

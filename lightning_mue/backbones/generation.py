@@ -16,8 +16,8 @@ from transformers import (
     PrefixConstrainedLogitsProcessor,
 )
 
-from lightning_mue.backbones.prompt import read_prompts, without_prompt
 from lightning_mue.backbones.stream import DecodeSettings, Inputs, TokenProcessor
+from lightning_mue.prompt import read_prompts, without_prompt
 
 # Settings that change greedy tokens and that the engine does not do, with the values at which they do nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {

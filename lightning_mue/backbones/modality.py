@@ -23,7 +23,7 @@ class ImageStream(EncoderLayers):
 
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
         """Image features with their positions in the joint sequence."""
-        image_BN, _ = split_modalities(inputs, self._model.config.image_token_id)
+        image_BN, _ = split_modalities(inputs, self._model.config.image_token_id, done["vision"].shape[1])
         return StreamState(_take(joint_embedding(self._model, inputs, done["vision"]), image_BN))
 
 
@@ -43,7 +43,7 @@ class TextStream(EncoderLayers):
 
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
         """Embeddings of the prompt's tokens with their positions in the joint sequence."""
-        image_BN, text_BT = split_modalities(inputs, self._model.config.image_token_id)
+        image_BN, text_BT = split_modalities(inputs, self._model.config.image_token_id, done["vision"].shape[1])
         h_BTD = _take(joint_embedding(self._model, inputs, None), text_BT)
         valid = inputs.get("attention_mask")
         valid_BT = None if valid is None else valid.gather(1, text_BT).bool()
@@ -82,22 +82,32 @@ def modality_streams(model: Any, kind: EncoderKind) -> tuple[ImageStream, TextSt
     return ImageStream(model), TextStream(model, reads_image=kind == "one-way")
 
 
-def split_modalities(inputs: Inputs, image_token_id: int) -> tuple[Tensor, Tensor]:
+def split_modalities(inputs: Inputs, image_token_id: int, features: int = 0) -> tuple[Tensor, Tensor]:
     """Return the positions of image tokens ``[B, N]`` and of all others ``[B, T]`` in ``input_ids``, in order.
+
+    A graph cannot count tokens and takes as many as there are image ``features``.
 
     Raises:
         ValueError: rows with different numbers of image tokens, or no text, or no image.
     """
     is_image_BS = inputs["input_ids"] == image_token_id
-    counts = is_image_BS.sum(1).tolist()
+    counts = [features] if torch.compiler.is_exporting() else is_image_BS.sum(1).tolist()
     if len(set(counts)) != 1:
         raise ValueError(f"Every row of `input_ids` must hold as many image tokens as the others, got {counts}")
     if not 0 < counts[0] < is_image_BS.shape[1]:
         raise ValueError(
             f"`input_ids` must hold image and text, got {counts[0]} image tokens of {is_image_BS.shape[1]}"
         )
-    order_BS = is_image_BS.int().argsort(dim=1, descending=True, stable=True)
+    order_BS = modality_order(inputs, image_token_id)
     return order_BS[:, : counts[0]], order_BS[:, counts[0] :]
+
+
+def modality_order(inputs: Inputs, image_token_id: int) -> Tensor:
+    """Return the positions of image tokens and then of all others, ``[B, S]``."""
+    is_image_BS = inputs["input_ids"] == image_token_id
+    size = is_image_BS.shape[1]
+    at_S = torch.arange(size, device=is_image_BS.device)
+    return torch.where(is_image_BS, at_S - size, at_S).argsort(1)
 
 
 def _take(h_BSD: Tensor, index_BT: Tensor) -> Tensor:

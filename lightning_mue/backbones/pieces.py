@@ -33,19 +33,6 @@ class LayerPieces:
         return {"before": self.before, "between": self.between, "after": self.after, "memory": self.memory}
 
 
-class Head(nn.Module):
-    """The final norm and the vocabulary head: states ``[N, D]`` -> logits ``[N, V]``."""
-
-    def __init__(self, norm: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.head = norm, head
-
-    def forward(self, h_ND: Tensor) -> Tensor:
-        """Return logits."""
-        logits_NV: Tensor = self.head(self.norm(h_ND))
-        return logits_NV
-
-
 def bart_pieces(layer: Any, heads: int, prenorm: bool) -> LayerPieces:
     """Return the pieces of a ``BartDecoderLayer`` (post-norm) or ``MBartDecoderLayer`` (pre-norm)."""
     before, inside = (nn.Identity(), layer.self_attn_layer_norm)

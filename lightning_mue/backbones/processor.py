@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_mue.backbones.prompt import IGNORE
+from lightning_mue.prompt import IGNORE
 
 
 class Processor:
@@ -59,8 +59,17 @@ class Processor:
         texts = self.tokenizer.batch_decode(sequences.clamp(min=0), skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    @property
+    def tasks(self) -> dict[str, str]:
+        """Task token -> the prompt that it stands for, where a processor knows tasks; ``{input}`` is the rest."""
+        names = ("task_prompts_without_inputs", "task_prompts_with_input")
+        return {task: prompt for name in names for task, prompt in getattr(self.processor, name, {}).items()}
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the processor's own files (JSON)."""
+        if (backend := getattr(self.tokenizer, "backend_tokenizer", None)) is not None:
+            backend.no_padding()  # the last call's, which is no part of a tokenizer; each call sets its own
+            backend.no_truncation()
         self.processor.save_pretrained(folder)
 
     @classmethod

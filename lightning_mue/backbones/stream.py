@@ -118,6 +118,9 @@ class DecoderStream(Protocol):
     def embed(self, ids_BT: Tensor, first: int) -> Tensor:
         """Return the states that enter layer 1 for tokens at positions ``first, first + 1, ...``."""
 
+    def embed_at(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:
+        """Return the same for positions that are named."""
+
     def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Project states that enter layer ``k`` for its self-attention: K and V, each ``[B, heads, T, d]``."""
 
@@ -138,8 +141,12 @@ class DecoderStream(Protocol):
         """Return layer ``k`` cut at its attentions, for a runtime of graphs."""
 
     @property
+    def norm_piece(self) -> nn.Module:
+        """Return the final norm as a module: states ``[N, D]`` -> what the head reads, ``[N, D]``."""
+
+    @property
     def head_piece(self) -> nn.Module:
-        """Return norm and head as one module: states ``[N, D]`` -> logits ``[N, V]``."""
+        """Return the head as a module: normed states ``[N, D]`` -> logits ``[N, V]``."""
 
     def head_weights(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the head's matrix ``[V, D]`` and bias ``[V]`` or None, float32 arrays, shared where they can be."""
@@ -217,8 +224,8 @@ def num_layers(backbone: Backbone) -> dict[str, int]:
 
 def additive_mask(valid_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return ``[B, 1, 1, T]``: 0 at valid tokens and the lowest number at padding; None if nothing is padded."""
-    if valid_BT is None or bool(valid_BT.all()):
-        return None
+    if valid_BT is None or (not torch.compiler.is_exporting() and bool(valid_BT.all())):
+        return None  # a graph cannot tell, and always has its mask
     mask = torch.zeros(valid_BT.shape, dtype=dtype, device=valid_BT.device)
     return mask.masked_fill_(~valid_BT.bool(), torch.finfo(dtype).min)[:, None, None, :]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -72,20 +72,24 @@ class Dials:
         return ExitRule(self._signal, tuple(asked), tuple(thresholds), self._decay) if asked else None
 
 
-def stream_options(rows: StreamRows, gammas: np.ndarray) -> list[ExitRule | None]:
+def stream_options(
+    rows: StreamRows, gammas: np.ndarray, exits: Mapping[str, Sequence[int]] | None = None
+) -> list[ExitRule | None]:
     """Return the rules worth simulating for a stream: full depth, every static depth, every signal at every dial.
 
     A signal is asked at every exit, or at one alone: where asking costs much beside a layer, one exit is often better.
-    In the decoder thresholds may also fall with the step.
+    In the decoder thresholds may also fall with the step. ``exits`` are those at which each signal may be asked; all of
+    them if not given.
     """
     rules: list[ExitRule | None] = [None, *(ExitRule.static(layer) for layer in rows.layers)]
-    asked = dict.fromkeys([tuple(rows.layers), *((layer,) for layer in rows.layers)])
     for signal in sorted(rows.scores):
-        dials = Dials(rows, signal)
-        rules += [dials.rule(float(gamma), layers) for layers, gamma in itertools.product(asked, gammas)]
+        if not (layers := tuple(rows.layers if exits is None else exits[signal])):
+            continue
+        asked, dials = dict.fromkeys([layers, *((layer,) for layer in layers)]), Dials(rows, signal)
+        rules += [dials.rule(float(gamma), at) for at, gamma in itertools.product(asked, gammas)]
         for decay in DECAYS if rows.is_decoder and rows.steps else ():
             falling = Dials(rows, signal, decay)
-            rules += [falling.rule(float(gamma)) for gamma in gammas]
+            rules += [falling.rule(float(gamma), layers) for gamma in gammas]
     return list(dict.fromkeys(rules))  # without repeats, in order
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from lightning_mue.calibration.dials import stream_options
 from lightning_mue.calibration.frontier import pareto, peel
 from lightning_mue.calibration.rows import StreamRows
 from lightning_mue.calibration.simulate import changed_scores, stream_cost, stream_outcome
+from lightning_mue.calibration.worth import exits_that_pay
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy, ExitRule, chain_hash
 from lightning_mue.promise import Promise
@@ -45,6 +46,7 @@ class Proposal:
         statics: full depth first, then every static depth of each single stream; for the report.
         worth_decoding: the chain, the best of fewer streams, and of static depths; for `rehearse`.
         searched: how many policies it was chosen from.
+        refused: exits that cannot save time even if everything leaves there, each in words; they were not tried.
         promises: that it was made for.
         groups: of samples that they are about in turn; None: all samples.
     """
@@ -54,6 +56,7 @@ class Proposal:
     statics: list[Candidate]
     worth_decoding: list[Candidate]
     searched: int
+    refused: tuple[str, ...]
     promises: tuple[Promise, ...]
     groups: tuple[str, ...] | None
 
@@ -115,7 +118,8 @@ def propose(
             "again"
         )
     judge = Judge(trace, promises, groups)
-    options = _all_options(trace, latency, np.geomspace(min(map(_slack, promises)) / 30, 0.5, dials), judge)
+    gammas = np.geomspace(min(map(_slack, promises)) / 30, 0.5, dials)
+    options, refused = _all_options(trace, latency, gammas, judge)
     full, combinations = _combinations(options, survivors)
 
     def evaluated(choices: Sequence[dict[str, _Option]]) -> list[Candidate]:
@@ -127,7 +131,7 @@ def propose(
     bold = [c for c in evaluated(_static_depths(options)) if c.used <= BOLD and c.policy.rules]
     worth_decoding = list({c.policy.to_json(): c for c in (*chain, *few, *bold[:FEWER])}.values())
     searched = math.prod(map(len, options.values()))
-    return Proposal(chain, frontier, statics, worth_decoding, searched, tuple(promises), _names(groups))
+    return Proposal(chain, frontier, statics, worth_decoding, searched, refused, tuple(promises), _names(groups))
 
 
 def timed_samples(trace: Trace) -> Trace:
@@ -149,21 +153,31 @@ def _slack(promise: Promise) -> float:
     return promise.tolerance if promise.keep is None else 1 - promise.keep
 
 
-def _all_options(trace: Trace, latency: LatencyTable, gammas: np.ndarray, judge: Judge) -> dict[str, list[_Option]]:
-    """Return the options of every stream."""
-    timed = timed_samples(trace)
-    return {
-        name: _options(StreamRows.of(trace, name), StreamRows.of(timed, name), latency, gammas, trace, judge)
-        for name in sorted(trace.streams)
-    }
+def _all_options(
+    trace: Trace, latency: LatencyTable, gammas: np.ndarray, judge: Judge
+) -> tuple[dict[str, list[_Option]], tuple[str, ...]]:
+    """Return the options of every stream, and in words the exits that are none."""
+    timed, options, refused = timed_samples(trace), {}, list[str]()
+    for name in sorted(trace.streams):
+        timed_rows = StreamRows.of(timed, name)
+        exits, words = exits_that_pay(timed_rows, latency)
+        options[name] = _options(StreamRows.of(trace, name), timed_rows, latency, gammas, exits, trace, judge)
+        refused += words
+    return options, tuple(refused)
 
 
 def _options(
-    rows: StreamRows, timed: StreamRows, latency: LatencyTable, gammas: np.ndarray, trace: Trace, judge: Judge
+    rows: StreamRows,
+    timed: StreamRows,
+    latency: LatencyTable,
+    gammas: np.ndarray,
+    exits: Mapping[str, Sequence[int]],
+    trace: Trace,
+    judge: Judge,
 ) -> list[_Option]:
     """Return every rule of a stream with what it does alone; ``timed`` are the rows of the samples that are timed."""
     options = []
-    for rule in stream_options(rows, gammas):
+    for rule in stream_options(rows, gammas, exits):
         outcome, (ms, _) = stream_outcome(rows, rule), stream_cost(timed, rule, latency)
         risk = judge.used(changed_scores(trace, [outcome.change]), outcome.same)
         depth = float(outcome.depth.mean()) if len(outcome.depth) else 0.0

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_mue.calibration.cost import deciding_ms, just_in_time, stream_ms
 from lightning_mue.calibration.rows import StreamRows
-from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
+from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.promise import RANGES
 from lightning_mue.trace import Trace
@@ -113,19 +114,17 @@ def stream_cost(rows: StreamRows, rule: ExitRule | None, latency: LatencyTable) 
     Raises:
         ValueError: the rule does not fit the trace or cannot be simulated, or a cost was not measured.
     """
-    column, none = _leave(rows, rule), np.zeros(rows.samples, dtype=np.int64)
-    if not rows.is_decoder and rows.name not in latency.streams:
-        raise ValueError(
-            f"The latency table has no stream {rows.name!r}, only {sorted(latency.streams)}; measure it again"
-        )
-    cost = latency.decoder if rows.is_decoder else latency.streams[rows.name]
-    asking_ms = _asking_ms(rows, rule, cost)
-    if isinstance(cost, StreamLatency):
-        return (asking_ms + cost.fixed_ms + _depths(rows) * cost.layer_ms)[column], none
-    ms = asking_ms[column]
+    column, depths = _leave(rows, rule), _depths(rows)
+    deciding = deciding_ms(latency, rows.name, rule, depths, rows.num_layers)
+    if not rows.is_decoder:
+        ms = (stream_ms(latency, rows.name, depths) + deciding)[column]
+        return ms, np.zeros(rows.samples, dtype=np.int64)
+    each = deciding[column]
     if rule is not None and rule.from_step:
-        ms[rows.step < rule.from_step] = 0.0
-    return _just_in_time(rows, column, cost, np.bincount(rows.sample, ms + cost.step_ms, rows.samples))
+        each[rows.step < rule.from_step] = 0.0
+    where = (depths[column], rows.sample, rows.position, depths.tolist(), rows.samples)
+    ms, pairs = just_in_time(latency.decoder, *where)
+    return ms + np.bincount(rows.sample, each + latency.decoder.step_ms, rows.samples), pairs
 
 
 def _depths(rows: StreamRows) -> np.ndarray:
@@ -145,19 +144,6 @@ def _leave(rows: StreamRows, rule: ExitRule | None) -> np.ndarray:
             # a threshold has the scores' precision in the engine (a float32 tensor compared with a number), so here too
             np.copyto(column, np.int8(e), where=scores >= _thresholds(rows, rule, layer).astype(np.float32))
     return column
-
-
-def _asking_ms(rows: StreamRows, rule: ExitRule | None, cost: StreamLatency | DecoderLatency) -> np.ndarray:
-    """Return what a row that leaves at each column pays for deciding, float64 ``[E + 1]``.
-
-    It asks all exits up to the one taken; those that can never be taken are not asked.
-    """
-    asked = np.array([rule is not None and layer in rule.reachable for layer in rows.layers], dtype=np.int64)
-    if rule is None:
-        return np.zeros(len(asked) + 1)
-    exit_ms = cost.exit_ms if isinstance(cost, StreamLatency) else cost.exit_ms.get(rule.signal, 0.0)
-    tried = np.append(np.cumsum(asked), asked.sum())
-    return tried * _signal_cost(rows.name, rule, cost.signal_ms) + np.append(np.full(len(asked), exit_ms), 0.0)
 
 
 def _thresholds(rows: StreamRows, rule: ExitRule, layer: int) -> np.ndarray:
@@ -185,30 +171,6 @@ def _first_harm(rows: StreamRows, column: np.ndarray) -> np.ndarray:
     return changed_at
 
 
-def _just_in_time(
-    rows: StreamRows, column: np.ndarray, cost: DecoderLatency, ms: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``ms`` with that of all layers run, and the (position, layer) pairs computed, each ``[n]``.
-
-    A layer reached at step t takes all positions it has not seen yet, in one block (DEED): at first those of the
-    decoder prompt too, and it projects its cross-attention K/V.
-    """
-    block_ms = cost.layer_cost(np.arange(rows.position.max(initial=0) + 1))
-    pairs = np.zeros(len(ms), dtype=np.int64)
-    sample, position = rows.sample, rows.position
-    for e, layers in enumerate(np.diff((0, *rows.layers, rows.num_layers))):  # run by the same rows, up to exit e
-        if e:
-            reached = column >= e
-            column, sample, position = column[reached], sample[reached], position[reached]
-        starts, ends = (np.flatnonzero(np.diff(sample, **at)) for at in ({"prepend": -1}, {"append": -1}))
-        pending = np.diff(position, prepend=0)
-        pending[starts] = position[starts]
-        ms += layers * np.bincount(sample, block_ms[pending], len(ms))
-        ms[sample[starts]] += layers * cost.cross_ms
-        pairs[sample[ends]] += layers * position[ends]
-    return ms, pairs
-
-
 def _check_rule(rows: StreamRows, rule: ExitRule) -> None:
     """Refuse what one exit's score in one full-depth pass does not decide, and what the trace does not hold."""
     if rule.signal in ("patience", "flat_similarity"):
@@ -224,14 +186,3 @@ def _check_rule(rows: StreamRows, rule: ExitRule) -> None:
             f"The policy leaves stream {rows.name!r} after layer {unknown[0]}; the trace has exits after "
             f"{list(rows.layers)} and {rows.num_layers} layers. Collect a trace with that exit"
         )
-
-
-def _signal_cost(name: str, rule: ExitRule | None, costs: Mapping[str, float]) -> float:
-    if rule is None or rule.signal == "static":
-        return 0.0
-    if rule.signal not in costs:
-        raise ValueError(
-            f"The latency table has no cost of signal {rule.signal!r} in stream {name!r}, only {sorted(costs)}; "
-            "measure it again"
-        )
-    return costs[rule.signal]

@@ -146,6 +146,8 @@ class Calibration:
         """
         asked, groups = self.asked, self._groups(trace, certifies)
         proposal = propose(trace, latency, asked.promises, groups)
+        for words in proposal.refused:
+            rank_zero_info(f"Not tried: {words}.")
         own = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         for precision, measured in lower.items():
             if precision != own:

@@ -8,7 +8,7 @@ import math
 from lightning_mue.policy import Certificate, ExitPolicy
 
 
-def model_card(policy: ExitPolicy, name: str, table: str | None, has_processor: bool) -> str:
+def model_card(policy: ExitPolicy, name: str, table: str | None, has_processor: bool, is_graphs: bool = False) -> str:
     """Return the card as Markdown: the promise, the policy, the comparison, how to use it, what it rests on.
 
     Args:
@@ -16,6 +16,7 @@ def model_card(policy: ExitPolicy, name: str, table: str | None, has_processor: 
         name: of the bundle's folder.
         table: the comparison as Markdown, or None.
         has_processor: whether the bundle takes pictures and text, or tensors.
+        is_graphs: whether it holds graphs, and needs no torch.
     """
     parts = [
         "---\nlibrary_name: lightning_mue\npipeline_tag: image-text-to-text\ntags:\n- early-exit\n---\n",
@@ -24,7 +25,8 @@ def model_card(policy: ExitPolicy, name: str, table: str | None, has_processor: 
         f"## Policy\n\n{_rules(policy)}\n",
         f"## Comparison\n\n{table.strip()}\n" if table else "",
         f"## Use\n\n```python\n{_usage(name, has_processor, policy.groups)}\n```\n",
-        "It loads without Lightning: safetensors and JSON, never pickle. "
+        f"It loads without {'torch' if is_graphs else 'Lightning'}: "
+        f"{'ONNX, ' if is_graphs else ''}safetensors and JSON, never pickle. "
         "Files that are damaged or of another bundle are refused by name.\n",
         f"## What it rests on\n\n{_provenance(policy)}\n",
     ]

@@ -24,6 +24,13 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(_as_text(files), encoding="utf-8")
 
 
+def bundle_size(folder: Path) -> tuple[int, int]:
+    """Return the bytes of a bundle's weights and graphs, and of all else in it."""
+    sizes = {name: entry["bytes"] for name, entry in _listed_files(folder).items()}
+    weights = sum(size for name, size in sizes.items() if name.endswith((".safetensors", ".onnx")))
+    return weights, sum(sizes.values()) + (folder / MANIFEST).stat().st_size - weights
+
+
 def is_bundle(folder: Path) -> bool:
     """Whether ``folder`` claims to be a bundle; it may still be damaged."""
     try:

@@ -70,7 +70,7 @@ def stream_scores(
     if signal == "gate":
         assert exits is not None
         return exits.gate_logit(stream, k, state.h_BTD, state.valid_BT).float().sigmoid()
-    return torch.ones(len(state.h_BTD), device=state.h_BTD.device)
+    return torch.ones(state.h_BTD.shape[0], device=state.h_BTD.device)
 
 
 def _climb(

@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone, DecodeSettings, fingerprint, view
-from lightning_mue.backbones.prompt import read_prompts
 from lightning_mue.exits import Exits, attached
-from lightning_mue.inference.answers import only_answers
+from lightning_mue.inference.answers import calibrated_answers
+from lightning_mue.inference.beam_schedule import decode_beams
+from lightning_mue.inference.beams import BeamSettings, beam_settings
 from lightning_mue.inference.check import check_policy
 from lightning_mue.inference.drafting import LONGEST, DraftLength, measure_cost
 from lightning_mue.inference.encode import Encoded, OnExit, encode
 from lightning_mue.inference.output import ExitOutput, joined
-from lightning_mue.inference.rows import PrefixFn, asked_once, constraint_of, rows_of
+from lightning_mue.inference.request import by_group, check_inputs, check_texts, decoder_exits, longest_answer
+from lightning_mue.inference.rows import PrefixFn, asked_once, constraint_of, of_beams, rows_of
 from lightning_mue.inference.runtime import in_precision, make_runtime
-from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, Drafting, decode
+from lightning_mue.inference.schedule import DecodeRecord, decode
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
-from lightning_mue.policy import ExitPolicy, ExitRule
-
-_NOT_GREEDY = {
-    "num_beams",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "num_return_sequences",
-    "max_length",
-    "generation_config",
-    "logits_processor",
-    "stopping_criteria",
-    "streamer",
-}
+from lightning_mue.policy import ExitPolicy
+from lightning_mue.prompt import read_prompts
 
 
 class ExitEngine:
@@ -89,6 +77,9 @@ class ExitEngine:
         prefix_allowed_tokens_fn: PrefixFn | None = None,
         timings: bool = False,
         groups: Sequence[str] | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
         **inputs: Any,
     ) -> ExitOutput:
         """Answer a batch; every row leaves every stream at its own layer.
@@ -99,25 +90,23 @@ class ExitEngine:
                 shown the start token and the answer so far, no decoder prompt.
             timings: measure the parts.
             groups: the group of each row, for a policy that promises by group; others than its own run at full depth.
+            num_beams: more than one searches with beams, which leave one by one; certificates are of one.
+            length_penalty: of beams, as of transformers.
+            early_stopping: of beams, as of transformers.
             **inputs: the backbone's own, such as ``pixel_values`` and ``input_ids``; and ``decoder_prompt [B, P]``:
                 tokens that the decoder reads before it answers, padded with -100 on the right. Others are ignored.
         """
+        beams = beam_settings(num_beams, length_penalty, early_stopping)
         if self.policy.groups is None:
-            return self.run(max_new_tokens, prefix_allowed_tokens_fn, timings, inputs)[0]
-        _check_inputs(inputs)
+            return self.run(max_new_tokens, prefix_allowed_tokens_fn, timings, inputs, beams=beams)[0]
+        check_inputs(inputs)
         names = self.backbone.generate_inputs
-        rows = [i for i, group in enumerate(groups or ()) if group in self.policy.groups]
-        size = len(next(value for name, value in inputs.items() if name in names and value is not None))
-        if groups is None or len(groups) != size:
-            raise ValueError(
-                f"The policy leaves early for the groups {list(self.policy.groups)} alone: `groups` must name one for "
-                f"each of {size} rows, got {groups if groups is None else len(groups)}"
-            )
+        size, rows, others = by_group(self.policy, groups, inputs, names)
         parts = []
-        for engine, mine in zip(self._by_group, (rows, sorted({*range(size)} - {*rows})), strict=True):
+        for engine, mine in zip(self._by_group, (rows, others), strict=True):
             if mine:
                 allowed, given = constraint_of(prefix_allowed_tokens_fn, mine), rows_of(inputs, names, mine)
-                parts.append((mine, engine.run(max_new_tokens, allowed, timings, given)[0]))
+                parts.append((mine, engine.run(max_new_tokens, allowed, timings, given, beams=beams)[0]))
         return joined(parts, size, self.backbone.decode_settings(None).pad_id)
 
     def answer(
@@ -142,26 +131,14 @@ class ExitEngine:
         """
         if self.processor is None:
             raise ValueError("`answer` needs a processor and this engine has none; pass one, or use `generate`.")
-        for name, texts in (("prompts", prompts), ("decoder_prompts", decoder_prompts)):
-            if texts is not None and (isinstance(texts, str) or len(images) != len(texts)):
-                found = "one text" if isinstance(texts, str) else str(len(texts))
-                raise ValueError(f"`{name}` must be a list with one text for each of {len(images)} images, got {found}")
+        check_texts(images, prompts=prompts, decoder_prompts=decoder_prompts)
         device = next(self.model.parameters()).device
         inputs = {name: tensor.to(device) for name, tensor in self.processor(images, prompts).items()}
         if decoder_prompts is not None:
             inputs["decoder_prompt"] = self.processor.decoder_prompts(decoder_prompts).to(device)
-        out = self.generate(max_new_tokens, self._calibrated_answers(), groups=groups, **inputs)
+        allowed = calibrated_answers(self.policy, self.processor, self.backbone.decode_settings(None).end_ids[0])
+        out = self.generate(max_new_tokens, allowed, groups=groups, **inputs)
         return self.processor.decode(out.sequences)
-
-    def _calibrated_answers(self) -> PrefixFn | None:
-        """Return the constraint to the closed answers under which the policy was certified, or None."""
-        certificate = self.policy.certificate
-        answers = certificate.decode.get("answers") if certificate is not None else None
-        if not answers:
-            return None
-        end_id = self.backbone.decode_settings(None).end_ids[0]
-        labels = self.processor.labels(answers)
-        return only_answers([[int(t) for t in row if t >= 0 and t != end_id] for row in labels], end_id)
 
     def run(
         self,
@@ -171,6 +148,7 @@ class ExitEngine:
         inputs: dict[str, Any],
         on_exit: OnExit | None = None,
         forced: Sequence[Sequence[int]] | None = None,
+        beams: BeamSettings | None = None,
     ) -> tuple[ExitOutput, TorchExecutor]:
         """``generate``, returning the executor too: a trace is made of its states and of what ``on_exit`` sees.
 
@@ -181,11 +159,9 @@ class ExitEngine:
         """
         if self.policy.groups is not None:
             raise ValueError(f"The policy leaves early for the groups {list(self.policy.groups)} alone: use `generate`")
-        if max_new_tokens is None and self.policy.certificate is not None:
-            max_new_tokens = self.policy.certificate.decode.get("max_new_tokens")  # what was certified
         inputs = self._given(inputs)
         prefix_fn = asked_once(prefix_fn) if prefix_fn is not None else None
-        settings = self.backbone.decode_settings(max_new_tokens)
+        settings = self.backbone.decode_settings(longest_answer(self.policy, max_new_tokens))
         watch = Stopwatch(next(self.model.parameters()).device, timings)
         with watch.part("total"):
             encoded = encode(
@@ -193,20 +169,19 @@ class ExitEngine:
             )
             prompts = read_prompts(inputs, len(encoded.memory_BSD), settings.start_id)
             given = (self.backbone, self.exits, encoded.memory_BSD, self.backbone.memory_mask(inputs))
+            rows = [prompt for prompt in prompts for _ in range(1 if beams is None else beams.num_beams)]
+            allowed = of_beams(prefix_fn, len(rows) // len(prompts))
             executor = self._runtime.executor(
                 *given,
                 max(map(len, prompts)) - 1 + settings.max_new_tokens,
-                self.backbone.token_processors(settings, prefix_fn, prompts),
+                self.backbone.token_processors(settings, allowed, rows),
                 watch,
+                beams=len(rows) // len(prompts),
             )
             drafting = self._draft_length(*given) if self.policy.verified else None
-            record = decode(
-                executor,
-                decoder_exits(self.policy, settings.max_new_tokens, forced, drafting),
-                prompts,
-                settings.end_ids,
-                settings.max_new_tokens,
-            )
+            exits = decoder_exits(self.policy, settings.max_new_tokens, forced, drafting)
+            how = (executor, exits, prompts, settings.end_ids, settings.max_new_tokens)
+            record = decode(*how) if beams is None else decode_beams(*how, beams)
         return _output(encoded, record, settings, prompts, watch), executor
 
     def _draft_length(
@@ -230,7 +205,7 @@ class ExitEngine:
 
     def _given(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return what the backbone reads of the inputs, in the precision that it computes in."""
-        _check_inputs(inputs)
+        check_inputs(inputs)
         inputs = {name: inputs[name] for name in self.backbone.generate_inputs if inputs.get(name) is not None}
         if self.policy.precision is None:
             return inputs
@@ -257,26 +232,6 @@ def _output(
         record.drafted,
         record.agreed,
     )
-
-
-def decoder_exits(
-    policy: ExitPolicy,
-    steps: int,
-    forced: Sequence[Sequence[int]] | None = None,
-    drafting: Drafting | None = None,
-) -> DecoderExits:
-    """Return the decoder's rule as the schedule wants it, for at most ``steps`` tokens."""
-    rule = policy.rules.get("decoder", ExitRule("static", (1,), (math.inf,)))
-    return DecoderExits(
-        rule.signal, lambda step: rule.thresholds_at(step, steps), policy.kv_fill, policy.backlog, forced, drafting
-    )
-
-
-def _check_inputs(inputs: dict[str, Any]) -> None:
-    if asked := sorted(_NOT_GREEDY & set(inputs)):
-        raise ValueError(f"The engine decodes greedily and does not do {asked}; leave them out.")
-    if "decoder_input_ids" in inputs:
-        raise ValueError("The engine takes `decoder_prompt [B, P]`, without the start token, for `decoder_input_ids`.")
 
 
 def _as_tensors(record: DecodeRecord, start_id: int, pad_id: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ import hashlib
 import inspect
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -24,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.files import write_bytes
+from lightning_mue.inference import quantise
 
 OPSET = 20
-PRECISIONS = ("float32", "int8")
-"""``int8``: weights of 8 bits, one scale for each output; what they are multiplied with is quantised as it comes."""
+PRECISIONS = ("float32", "int8", "int8_rows")
+"""In 8 bits are matrices and, as it comes, what they multiply: all of it together, or (``int8_rows``) row by row."""
 
 
 class Graphs:
@@ -43,7 +43,7 @@ class Graphs:
 
     def __init__(self, precision: str = "float32", folder: Path | None = None) -> None:
         if precision not in PRECISIONS:
-            raise ValueError(f"Graphs are of precision {' or '.join(PRECISIONS)}, got {precision!r}")
+            raise ValueError(f"Graphs are of one of the precisions {list(PRECISIONS)}, got {precision!r}")
         self.precision, self._folder = precision, folder or _cache_folder()
 
     def make(self, module: nn.Module, *examples: Tensor, free: Sequence[Sequence[int]] | None = None) -> bytes:
@@ -61,7 +61,10 @@ class Graphs:
         plain = with_weights(self._template(module, examples, axes), module)
         if self.precision == "float32":
             return plain
-        return self._kept("int8", hashlib.sha256(plain), lambda: _quantised(plain))
+        rounded = {"int8": quantise.by_tensor, "int8_rows": quantise.by_row}[self.precision]
+        key = hashlib.sha256(inspect.getsource(quantise).encode() + plain)
+        with quiet():
+            return self._kept(self.precision, key, lambda: rounded(plain))
 
     def _template(self, module: nn.Module, examples: Sequence[Tensor], free: tuple[tuple[int, ...], ...]) -> bytes:
         made_of = [repr(module), inspect.getsource(type(module)), *map(repr, sorted(_numbers(module).items()))]
@@ -106,7 +109,7 @@ def _exported(module: nn.Module, examples: Sequence[Tensor], free: Sequence[Sequ
     examples = [example.clone() for example in examples]  # one tensor given twice would become one input
     shapes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in free)
     how: dict[str, Any] = {"dynamo": True, "opset_version": OPSET, "verbose": False}
-    with _quiet():  # not optimised: weights would be folded and lose their names; a session folds them anyway
+    with quiet():  # not optimised: weights would be folded and lose their names; a session folds them anyway
         program = torch.onnx.export(module, tuple(examples), dynamic_shapes=shapes, optimize=False, **how)
     assert program is not None
     model, names = program.model_proto, {*module.state_dict()}
@@ -119,21 +122,6 @@ def _exported(module: nn.Module, examples: Sequence[Tensor], free: Sequence[Sequ
             initializer.ClearField("raw_data")
     data: bytes = model.SerializeToString(deterministic=True)
     return data
-
-
-def _quantised(graph: bytes) -> bytes:
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        folded, quantised = Path(folder, "folded.onnx"), Path(folder, "int8.onnx")
-        options.optimized_model_filepath = str(folded)  # transposed weights are constants then, and can be quantised
-        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        quantize_dynamic(folded, quantised, per_channel=True, weight_type=QuantType.QInt8)
-        return quantised.read_bytes()
 
 
 def _numbers(module: nn.Module) -> dict[str, float]:
@@ -151,7 +139,7 @@ def _cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep exporters' progress and advice to themselves; errors are raised all the same."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

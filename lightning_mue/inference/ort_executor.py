@@ -1,38 +1,110 @@
-"""OrtExecutor: the decoder through ONNX Runtime, for CPUs. Same interface, schedule and signals as TorchExecutor.
+"""OrtExecutor: the decoder through ONNX Runtime, for CPUs. Same schedule and signals as TorchExecutor; arrays alone.
 
 All pending (row, position) pairs of a layer go through its matrices in one call, wherever each row's frontier lies.
 Attention alone looks at rows one by one, on K/V that never move.
+
+Shapes: ``B`` batch, ``R`` rows of one call, ``N`` pairs of a row and a position, ``m`` new positions, ``S`` memory
+tokens, ``H`` heads of ``d``, ``D`` width, ``V`` vocabulary. No torch here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from lightning_mue.inference.array_signals import (
+    NEEDS_LOGITS,
+    OF_LOGITS,
+    flat_similarity,
+    log_softmax,
+    similarity,
+)
 from lightning_mue.inference.ragged import attend, to_bfloat16
-from lightning_mue.inference.schedule import Block
-from lightning_mue.inference.sessions import DecoderSessions
-from lightning_mue.inference.torch_executor import Index, Position, TorchExecutor
+from lightning_mue.inference.schedule import Block, Place
+from lightning_mue.inference.session import DecoderSessions
+from lightning_mue.inference.stopwatch import Stopwatch
+
+Array = np.ndarray
+Processor = Callable[[Array, Array, Sequence[int]], Array]
+"""(ids so far ``[R, t]``, logits ``[R, V]``, the batch's row of each) -> logits."""
 
 
-class OrtExecutor(TorchExecutor):
-    """One batch's decode.
+class Outside(Protocol):
+    """What of a decoder lies outside its layers and its head."""
+
+    def embed(self, ids_Rm: Array, first: int) -> Array:
+        """Return the states ``[R, m, D]`` that enter layer 1 for tokens at positions ``first, first + 1, ...``."""
+
+    def branch(self, layer: int, h_RD: Array) -> Array:
+        """Return what the head reads of an exit's states: adapter and final norm applied."""
+
+    def gate(self, layer: int, h_RD: Array) -> Array:
+        """Return an exit's gate scores ``[R]``."""
+
+
+class OrtExecutor:
+    """One batch's decode: states and K/V of every position reached.
 
     Args:
         sessions: the decoder's.
-        *args: as of `TorchExecutor`; the memory must be float32 on the CPU.
+        outside: what lies outside its layers.
+        memory_BSD: what its cross-attention reads.
+        bias_BS: is added to that attention's scores; None: all is read.
+        positions: at most: of the decoder prompt and of the answer.
+        processors: applied to logits before the arg-max and before logit signals.
+        stopwatch: where the time of each part goes.
+        beams: so many rows, one after the other, read the same memory.
+        closed: the only tokens that ``processors`` ever leave, where they are known; None: any.
     """
 
-    def __init__(self, sessions: DecoderSessions, *args: Any) -> None:
-        super().__init__(*args)
-        self._sessions = sessions
-        self._heads = (-1, self._decoder.num_heads, self._decoder.head_dim)
-        mask = self._memory_mask
-        self._bias_BS = None if mask is None else np.ascontiguousarray(mask[:, 0, 0].numpy())
+    def __init__(
+        self,
+        sessions: DecoderSessions,
+        outside: Outside,
+        memory_BSD: Array,
+        bias_BS: Array | None,
+        positions: int,
+        processors: Sequence[Processor],
+        stopwatch: Stopwatch,
+        beams: int = 1,
+        closed: Sequence[int] | None = None,
+    ) -> None:
+        if positions > sessions.max_positions:
+            raise ValueError(
+                f"`max_new_tokens` (and the decoder prompt) must not pass the decoder's {sessions.max_positions} "
+                f"positions, got {positions}"
+            )
+        self._sessions, self._outside, self._processors, self._watch = sessions, outside, processors, stopwatch
+        self._memory, self._bias_BS = memory_BSD, bias_BS
+        self._closed_head = None if closed is None else sessions.closed_head(closed)
+        self.num_layers, width = len(sessions.layers), memory_BSD.shape[2]
+        self.batch, self._beams = len(memory_BSD) * beams, beams
+        self._owner_RT: Array | None = None
+        layers, self._heads = self.num_layers + 1, (-1, sessions.heads, width // sessions.heads)
+        kv_shape = (layers, self.batch, sessions.heads, positions, width // sessions.heads)
+        self._keys, self._values = np.empty(kv_shape, np.float32), np.empty(kv_shape, np.float32)
+        self.states = np.empty((layers, self.batch, positions, width), np.float32)
+        self.ids = np.zeros((self.batch, positions + 1), np.int64)
+        self._memory_kv: dict[int, tuple[Array, Array]] = {}
+        self._projected: list[set[int]] = [set() for _ in range(layers)]
+        self._logits: dict[int, tuple[list[Place], Array]] = {}
+        self._streaks: dict[int, tuple[int, int]] = {}
+
+    def share(self, owner_RT: Array) -> None:
+        """From now on position ``t`` of row ``r`` is in row ``owner_RT[r, t]``; the table may change."""
+        self._owner_RT = owner_RT
+
+    def embed(self, rows: Sequence[int], first: int, tokens: Sequence[Sequence[int]]) -> None:
+        """Write the states that enter layer 1."""
+        with self._watch.part("embed"):
+            ids_Rm = np.array(tokens)
+            places = self._where(np.array(rows)[:, None], np.arange(first, first + ids_Rm.shape[1]))
+            self.ids[places] = ids_Rm
+            self.states[0][places] = self._outside.embed(ids_Rm, first)
+            self._logits.clear()
+            self._streaks.clear()
 
     def run_layer(self, layer: int, pending: Sequence[Block]) -> None:
         """Push all pending positions through one layer, together."""
@@ -41,54 +113,163 @@ class OrtExecutor(TorchExecutor):
             self._project_memory(layer, rows)
         with self._watch.part("layers"):
             rows_N, positions_N = _pairs(pending)
-            h_ND = self.states[layer - 1].numpy()[rows_N, positions_N]
+            places = self._where(rows_N, positions_N)
+            h_ND = self.states[layer - 1][places]
             query_ND, key_ND, value_ND = sessions.before(h_ND)
-            keys_BHTd, values_BHTd = self._keys[layer].numpy(), self._values[layer].numpy()
-            keys_BHTd[rows_N, :, positions_N] = key_ND.reshape(self._heads)
-            values_BHTd[rows_N, :, positions_N] = value_ND.reshape(self._heads)
-            read = attend(
-                query_ND.reshape(self._heads), keys_BHTd, values_BHTd, rows_N, positions_N + 1, threads=threads
-            )
+            self._keep(layer, places, key_ND, value_ND)
+            kv = self._seen(layer, rows_N, int(positions_N.max()) + 1)
+            read = attend(query_ND.reshape(self._heads), *kv, positions_N + 1, threads=threads)
             h_ND, query_ND = sessions.between(h_ND, read.reshape(h_ND.shape))
-            key_BHSd, value_BHSd = self._memory_arrays(layer)
-            lengths_N = np.full_like(rows_N, key_BHSd.shape[2])
-            read = attend(
-                query_ND.reshape(self._heads), key_BHSd, value_BHSd, rows_N, lengths_N, self._bias_BS, threads=threads
-            )
+            key_BHSd, value_BHSd = self._memory_kv[layer]
+            memory = (key_BHSd, value_BHSd, rows_N // self._beams, np.full_like(rows_N, key_BHSd.shape[2]))
+            read = attend(query_ND.reshape(self._heads), *memory, self._bias_BS, threads=threads)
             (h_ND,) = sessions.after(h_ND, read.reshape(h_ND.shape))
-            self.states[layer].numpy()[rows_N, positions_N] = h_ND
+            self.states[layer][places] = h_ND
 
-    def _memory_arrays(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        stored = self._memory_kv[layer]
-        assert stored is not None
-        key, value = (kv.numpy() for kv in stored)
-        return (key, value) if key.dtype == np.float32 else (key.view(np.uint16), value.view(np.uint16))
+    def fill(self, mode: str, layer: int, rows: Sequence[int], first: int, last: int) -> None:
+        """Pass states up one layer and project them there (``propagate``), or copy the K/V of the layer below."""
+        with self._watch.part("layers"):
+            place_row_N, place_N = places = self._where(*_pairs([(first, last, rows)]))
+            h_ND = self.states[layer][places] = self.states[layer - 1][places]
+            if mode == "copy":
+                key, value = (kv[layer - 1][place_row_N, :, place_N] for kv in (self._keys, self._values))
+            else:
+                _, key, value = self._sessions.layers[layer - 1].before(h_ND)
+            self._keep(layer, places, key, value)
 
-    def memory_rows(self, layer: int, memory_RSD: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, signal: str, layer: int, places: Sequence[Place]) -> list[float]:
+        """Return exit scores as numbers."""
+        if signal == "static":
+            return [1.0] * len(places)
+        with self._watch.part("signals"):
+            row_R, position_R = np.array(places).T
+            logits_RV = None
+            if signal in NEEDS_LOGITS:
+                logits_RV = self.exit_logits(layer, row_R, position_R)
+                self._logits[layer] = (list(places), logits_RV)
+            if signal == "patience":
+                assert logits_RV is not None
+                return self._patience(row_R.tolist(), logits_RV.argmax(-1).tolist())
+            found: list[float] = self.scores(signal, layer, row_R, position_R, logits_RV).tolist()
+            return found
+
+    def scores(self, signal: str, layer: int, row_R: Any, position_R: Any, logits_RV: Array | None) -> Array:
+        """Return exit scores ``[R]`` as an array; rows and positions as of ``exit_logits``, whose logits some need."""
+        places = self._where(np.asarray(row_R), np.asarray(position_R))
+        h_RD = self.states[layer][places]
+        if signal == "similarity":
+            return similarity(h_RD[:, None], self.states[layer - 1][places][:, None])
+        if signal == "flat_similarity":
+            return flat_similarity(h_RD, self.states[layer - 1][places])
+        if signal == "gate":
+            return self._outside.gate(layer, h_RD)
+        assert logits_RV is not None
+        return OF_LOGITS[signal](logits_RV)
+
+    def _patience(self, rows: Sequence[int], tokens: list[int]) -> list[float]:
+        """Return how many exits in a row, this one included, have chosen the same token in this step (PABEE)."""
+        for row, token in zip(rows, tokens, strict=True):
+            before, count = self._streaks.get(row, (token, 0))
+            self._streaks[row] = (token, count + 1 if token == before else 1)
+        return [float(self._streaks[row][1]) for row in rows]
+
+    def exit_logits(self, layer: int, row_R: Any, position_R: Any) -> Array:
+        """Return the processed logits ``[R, V]`` of an exit; one position may stand for all rows."""
+        row_R, position_R = np.broadcast_arrays(np.asarray(row_R), np.asarray(position_R))
+        head = self._closed_head or self._sessions.head
+        logits_RV = head(self._branch(layer, row_R, position_R))
+        return self._process(logits_RV, row_R, position_R)
+
+    def choose(self, exits: Mapping[int, Sequence[Place]]) -> dict[Place, int]:
+        """Arg-max tokens; exits whose logits the signal computed already cost nothing more."""
+        with self._watch.part("head"):
+            chosen: dict[Place, int] = {}
+            fresh = {k: places for k, places in exits.items() if k not in self._logits}
+            for k in exits.keys() - fresh.keys():
+                order, logits_RV = self._logits[k]
+                tokens_of = dict(zip(order, logits_RV.argmax(-1).tolist(), strict=True))
+                chosen |= {place: tokens_of[place] for place in exits[k]}
+            if fresh:
+                of_exits = {k: np.array(places).T for k, places in fresh.items()}
+                h_RD = np.concatenate([self._branch(k, *at) for k, at in of_exits.items()])
+                tokens = self.best(h_RD, *np.concatenate([*of_exits.values()], 1)).tolist()
+                chosen |= dict(zip((place for places in fresh.values() for place in places), tokens, strict=True))
+            return chosen
+
+    def log_probs(self, exits: Mapping[int, Sequence[Place]]) -> Array:
+        """Return the processed log probabilities ``[R, V]`` of places, given by exit layer."""
+        with self._watch.part("head"):
+            of_exits = {k: np.array(places).T for k, places in exits.items()}
+            logits_RV = self._sessions.head(np.concatenate([self._branch(k, *at) for k, at in of_exits.items()]))
+            return self._process(log_softmax(logits_RV), *np.concatenate([*of_exits.values()], 1))
+
+    def best(self, h_RD: Array, row_R: Array, position_R: Array) -> Array:
+        """Return the token ``[R]`` that each exit branch chooses: of a few, or of all without all their logits."""
+        if self._closed_head is not None:
+            return self._process(self._closed_head(h_RD), row_R, position_R).argmax(-1)
+
+        def process(asked_R: Array, scores_RV: Array) -> Array:
+            return self._process(scores_RV, row_R[asked_R], position_R[asked_R])
+
+        return self._sessions.screened_head.argmax(h_RD, process if self._processors else None)
+
+    def _branch(self, layer: int, row_R: Array, position_R: Array) -> Array:
+        return self._outside.branch(layer, self.states[layer][self._where(row_R, position_R)])
+
+    def _process(self, logits_RV: Array, row_R: Array, position_R: Array) -> Array:
+        if not self._processors:
+            return logits_RV
+        processed_RV = np.empty_like(logits_RV)
+        for position in np.unique(position_R):
+            here = np.flatnonzero(position_R == position)
+            found_RV = logits_RV[here]
+            for processor in self._processors:
+                ids_Rt = self.ids[self._where(row_R[here, None], np.arange(position + 1))]
+                found_RV = processor(ids_Rt, found_RV, row_R[here].tolist())
+            processed_RV[here] = found_RV
+        return processed_RV
+
+    def _where(self, row: Array, position: Array) -> tuple[Array, Array]:
+        """Return how positions of rows are indexed in buffers, wherever they lie."""
+        return row if self._owner_RT is None else self._owner_RT[row, position], position
+
+    def _keep(self, layer: int, places: tuple[Array, Array], key: Array, value: Array) -> None:
+        row_N, position_N = places
+        self._keys[layer][row_N, :, position_N] = key.reshape(self._heads)
+        self._values[layer][row_N, :, position_N] = value.reshape(self._heads)
+
+    def _seen(self, layer: int, rows_N: Array, length: int) -> tuple[Array, Array, Array]:
+        """Return K and V, and the row in them of each pair; of beams, whose positions lie in many rows, copies."""
+        if self._owner_RT is None:
+            return self._keys[layer], self._values[layer], rows_N
+        rows_R, at_N = np.unique(rows_N, return_inverse=True)
+        row_RT, position_T = self._where(rows_R[:, None], np.arange(length))
+        kv_RTHd = (kv[layer].swapaxes(1, 2)[row_RT, position_T] for kv in (self._keys, self._values))
+        keys_RHTd, values_RHTd = (np.ascontiguousarray(kv.swapaxes(1, 2)) for kv in kv_RTHd)
+        return keys_RHTd, values_RHTd, at_N
+
+    def _project_memory(self, layer: int, rows: Sequence[int]) -> None:
+        missing = [s for s in dict.fromkeys(r // self._beams for r in rows) if s not in self._projected[layer]]
+        if not missing:
+            return
+        with self._watch.part("memory"):
+            if len(missing) == len(self._memory):
+                self._memory_kv[layer] = self.memory_rows(layer, self._memory)
+            else:
+                key, value = self.memory_rows(layer, self._memory[missing])
+                if layer not in self._memory_kv:
+                    shape = (len(self._memory), *key.shape[1:])
+                    self._memory_kv[layer] = (np.empty(shape, key.dtype), np.empty(shape, key.dtype))
+                self._memory_kv[layer][0][missing], self._memory_kv[layer][1][missing] = key, value
+            self._projected[layer].update(missing)
+
+    def memory_rows(self, layer: int, memory_RSD: Array) -> tuple[Array, Array]:
         """Return K and V; beside matrices of 8 bits they are kept in 16, for reading them is most of the work."""
-        found = self._sessions.layers[layer - 1].memory(memory_RSD.contiguous().numpy())
-        if self._sessions.precision != "float32":
-            found = [to_bfloat16(kv).view(np.int16) for kv in found]  # torch indexes int16 and hardly uint16
-        key, value = (torch.from_numpy(kv) for kv in found)
-        return key, value
-
-    def _head(self, h_RD: Tensor) -> Tensor:
-        return torch.from_numpy(self._sessions.head(h_RD.contiguous().numpy())[0])
-
-    def _best(self, h_RD: Tensor, index: Index, position: Position) -> list[int]:
-        """Return the best tokens without all logits."""
-        row_R = torch.tensor(self._rows(index))
-
-        def process(asked: np.ndarray, scores_RV: np.ndarray) -> np.ndarray:
-            of = torch.from_numpy(asked)
-            at = position if isinstance(position, int) else position[of]
-            return self._process(torch.from_numpy(scores_RV), row_R[of], at).numpy()
-
-        h_RD = self._decoder.norm(h_RD)
-        return self._sessions.best(h_RD.contiguous().numpy(), process if self._processors else None).tolist()
+        key, value = self._sessions.layers[layer - 1].memory(memory_RSD)
+        return (key, value) if self._sessions.precision == "float32" else (to_bfloat16(key), to_bfloat16(value))
 
 
-def _pairs(pending: Sequence[Block]) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(pending: Sequence[Block]) -> tuple[Array, Array]:
     """Return row and position, int64 ``[N]``, of all that is pending; the positions of a row lie together."""
     rows = [row for first, last, group in pending for row in group for _ in range(first, last)]
     positions = [position for first, last, group in pending for _ in group for position in range(first, last)]

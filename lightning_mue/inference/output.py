@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -70,11 +73,11 @@ def joined(parts: Sequence[tuple[list[int], ExitOutput]], size: int, pad_id: int
     )
 
 
-def _scattered(parts: Sequence[tuple[list[int], Tensor]], size: int, fill: int) -> Tensor:
-    """Return ``[size, ...]`` with each part in its rows, shorter ones filled up on the right."""
-    widest = max(part.shape[1:] for _, part in parts)
-    whole = parts[0][1].new_full((size, *widest), fill)
+def _scattered(parts: Sequence[tuple[list[int], Any]], size: int, fill: int) -> Any:
+    """Return ``[size, ...]`` with each part in its rows, shorter ones filled up on the right; of their own kind."""
+    one = parts[0][1]
+    whole = np.full((size, *max(part.shape[1:] for _, part in parts)), fill, np.int64)
     for rows, part in parts:
-        missing = (0, widest[0] - part.shape[1]) if widest else ()
-        whole[rows] = torch.nn.functional.pad(part, missing, value=fill)
-    return whole
+        place: Any = (rows, *(slice(length) for length in part.shape[1:]))
+        whole[place] = part.tolist()
+    return whole if isinstance(one, np.ndarray) else one.new_tensor(whole)

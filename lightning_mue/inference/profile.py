@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone, EncoderStream, StreamState, view
-from lightning_mue.backbones.prompt import read_prompts
 from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.encode import encode, stream_scores
 from lightning_mue.inference.record import DECODER_SIGNALS, STREAM_SIGNALS
 from lightning_mue.inference.runtime import Runtime, torch_runtime
+from lightning_mue.inference.schedule import Block
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.latency import DecoderLatency, LatencyTable, StreamLatency
+from lightning_mue.prompt import read_prompts
 from lightning_mue.signals import NEEDS_LOGITS
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -49,25 +50,47 @@ def measure_latency(
     backbone, exits = view(model), attached(model)
     inputs = {name: inputs[name] for name in backbone.generate_inputs if inputs.get(name) is not None}
     runtime = runtime or torch_runtime(backbone)
-    pieces = _stream_pieces(runtime.streams, exits, inputs)
-    pieces |= _decoder_pieces(backbone, runtime, exits, inputs, max_new_tokens)
-    ms = _time(pieces, repeats, next(model.parameters()).device)
-    streams = {}
+    executor, start_id, length = _ready(backbone, runtime, exits, inputs, max_new_tokens)
+    pieces = _stream_pieces(runtime.streams, exits, inputs) | _decoder_pieces(executor, exits, start_id, length)
+    device = next(model.parameters()).device
+    ms, streams = _time(pieces, repeats, device, time.perf_counter), {}
     for stream in backbone.encoders:
         signals = {s: ms[f"{stream.name}.{s}"] for s in STREAM_SIGNALS if f"{stream.name}.{s}" in ms}
         fixed = ms[f"{stream.name}.prologue"] + ms[f"{stream.name}.epilogue"]
-        adapter = ms.get(f"{stream.name}.adapter", 0.0)
-        streams[stream.name] = StreamLatency(fixed, ms[f"{stream.name}.layer"], signals, adapter)
-    sizes = tuple(m for m in BLOCK_SIZES if f"decoder.layer{m}" in ms)
-    decoder = DecoderLatency(
+        layer, adapter = ms[f"{stream.name}.layers"] / stream.num_layers, ms.get(f"{stream.name}.adapter", 0.0)
+        streams[stream.name] = StreamLatency(fixed, layer, signals, adapter)
+    return LatencyTable(
+        streams, _decoder_latency(ms, executor.num_layers), device_name(device), torch.get_num_threads()
+    )
+
+
+@torch.inference_mode()
+def measure_decoder(
+    executor: Any, start_id: int, length: int, repeats: int = 30, clock: Callable[[], float] = time.perf_counter
+) -> DecoderLatency:
+    """Return what the pieces of a decoder cost, exits excepted.
+
+    Args:
+        executor: of one row, new.
+        start_id: any token.
+        length: positions that the executor has room for.
+        repeats: of each piece.
+        clock: seconds.
+    """
+    pieces = _decoder_pieces(executor, None, start_id, length)
+    return _decoder_latency(_time(pieces, repeats, torch.device("cpu"), clock), executor.num_layers)
+
+
+def _decoder_latency(ms: dict[str, float], num_layers: int) -> DecoderLatency:
+    sizes = tuple(m for m in BLOCK_SIZES if f"decoder.layers{m}" in ms)
+    return DecoderLatency(
         sizes,
-        tuple(ms[f"decoder.layer{m}"] for m in sizes),
-        ms["decoder.memory"],
+        tuple(ms[f"decoder.layers{m}"] / num_layers for m in sizes),
+        ms["decoder.memory"] / num_layers,
         ms["decoder.embed"] + ms["decoder.head"],
         {s: ms[f"decoder.{s}"] for s in DECODER_SIGNALS if f"decoder.{s}" in ms},
         _exit_ms(ms),
     )
-    return LatencyTable(streams, decoder, device_name(next(model.parameters()).device), torch.get_num_threads())
 
 
 def _exit_ms(ms: dict[str, float]) -> dict[str, float]:
@@ -92,7 +115,7 @@ def _stream_pieces(streams: Sequence[EncoderStream], exits: Exits | None, inputs
         state = stream.prologue(inputs, done)
         name, first = stream.name, state.h_BTD
         pieces[f"{name}.prologue"] = partial(stream.prologue, inputs, dict(done))
-        pieces[f"{name}.layer"] = partial(stream.layer, (stream.num_layers + 1) // 2, replace(state))
+        pieces[f"{name}.layers"] = _each(stream.num_layers, partial(_run, stream, replace(state)))
         pieces[f"{name}.epilogue"] = partial(stream.epilogue, replace(state))
         for signal in _signals(exits, name, STREAM_SIGNALS):
             k = exits.layers[name][0] if exits is not None else 0
@@ -117,28 +140,45 @@ def _signals(exits: Exits | None, stream: str, signals: Sequence[str]) -> list[s
     return [s for s in signals if s != "gate" or exits.config.gate]
 
 
-def _decoder_pieces(
+def _run(stream: EncoderStream, state: StreamState, k: int) -> Tensor:
+    return stream.layer(k, state)
+
+
+def _push(executor: Any, block: Block, k: int) -> None:
+    executor.run_layer(k, [block])
+
+
+def _each(num_layers: int, run: Callable[[int], object]) -> Callable[[], object]:
+    """Return what runs all layers in turn: as in a decode, the weights of the next are not in the processor's cache."""
+    return lambda: [run(k) for k in range(1, num_layers + 1)]
+
+
+def _ready(
     backbone: Backbone, runtime: Runtime, exits: Exits | None, inputs: dict[str, Any], max_new_tokens: int | None
-) -> Pieces:
+) -> tuple[Any, int, int]:
+    """Return the executor of a sample, the token that it starts with, and its positions."""
     settings = backbone.decode_settings(max_new_tokens)
     silent = Stopwatch(torch.device("cpu"), False)
     memory_BSD = encode(backbone, exits, inputs, {}, silent, streams=runtime.streams).memory_BSD
     prompts = read_prompts(inputs, 1, settings.start_id)
     length = len(prompts[0]) - 1 + settings.max_new_tokens
     processors = backbone.token_processors(settings, None, prompts)
-    executor = runtime.executor(backbone, exits, memory_BSD, backbone.memory_mask(inputs), length, processors, silent)
-    executor.embed([0], 0, [[settings.start_id] * length])
-    for layer in range(1, executor.num_layers + 1):
-        executor.run_layer(layer, [(0, length, [0])])
-    at, layer = length - 1, (executor.num_layers + 1) // 2
+    mask = backbone.memory_mask(inputs)
+    return runtime.executor(backbone, exits, memory_BSD, mask, length, processors, silent), settings.start_id, length
+
+
+def _decoder_pieces(executor: Any, exits: Exits | None, start_id: int, length: int) -> Pieces:
+    layers, at = executor.num_layers, length - 1
+    executor.embed([0], 0, [[start_id] * length])
+    _each(layers, partial(_push, executor, (0, length, [0])))()
     pieces: Pieces = {
-        "decoder.embed": partial(executor.embed, [0], at, [[settings.start_id]]),
-        "decoder.head": partial(executor.choose, {executor.num_layers: [(0, at)]}),
-        "decoder.memory": partial(executor.memory_rows, layer, memory_BSD),
+        "decoder.embed": partial(executor.embed, [0], at, [[start_id]]),
+        "decoder.head": partial(executor.choose, {layers: [(0, at)]}),
+        "decoder.memory": _each(layers, lambda k: executor.memory_rows(k, executor._memory)),
     }
     for m in BLOCK_SIZES:
         if m <= length:
-            pieces[f"decoder.layer{m}"] = partial(executor.run_layer, layer, [(length - m, length, [0])])
+            pieces[f"decoder.layers{m}"] = _each(layers, partial(_push, executor, (length - m, length, [0])))
     if exits is not None and "decoder" in exits.layers:
         pieces["decoder.exit"] = partial(executor.choose, {exits.layers["decoder"][0]: [(0, at)]})
     for signal in _signals(exits, "decoder", DECODER_SIGNALS):
@@ -147,17 +187,17 @@ def _decoder_pieces(
     return pieces
 
 
-def _time(pieces: Pieces, repeats: int, device: torch.device) -> dict[str, float]:
+def _time(pieces: Pieces, repeats: int, device: torch.device, clock: Callable[[], float]) -> dict[str, float]:
     """Return name -> median milliseconds; pieces take turns, so that drift of the machine hits all alike."""
     samples: dict[str, list[float]] = {name: [] for name in pieces}
     for turn in range(repeats + 3):
         for name, piece in pieces.items():
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            begin = time.perf_counter()
+            begin = clock()
             piece()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if turn >= 3:
-                samples[name].append((time.perf_counter() - begin) * 1e3)
+                samples[name].append((clock() - begin) * 1e3)
     return {name: median(values) for name, values in samples.items()}

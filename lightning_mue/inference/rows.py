@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from lightning_mue.policy import ExitPolicy
 
-PrefixFn = Callable[[int, Tensor], list[int]]
-"""transformers' ``prefix_allowed_tokens_fn``: row, tokens so far -> tokens that may come next."""
+PrefixFn = Callable[[int, Any], list[int]]
+"""transformers' ``prefix_allowed_tokens_fn``: row, tokens so far (tensor or array) -> tokens that may come next."""
 
 
 def rows_of(inputs: Mapping[str, Any], names: Sequence[str], rows: list[int]) -> dict[str, Any]:
@@ -29,13 +27,18 @@ def asked_once(prefix_fn: PrefixFn) -> PrefixFn:
     """Return the constraint, asked once in a step of a row, however often a head wants to know."""
     last: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
 
-    def allowed(row: int, ids: Tensor) -> list[int]:
+    def allowed(row: int, ids: Any) -> list[int]:
         known, step = ids.tolist(), (row, len(ids))
         if step not in last or last[step][0] != known:
             last[step] = known, prefix_fn(row, ids)
         return last[step][1]
 
     return allowed
+
+
+def of_beams(prefix_fn: PrefixFn | None, beams: int) -> PrefixFn | None:
+    """Return the constraint of samples as that of their beams, which are rows one after the other."""
+    return prefix_fn and (lambda row, ids: prefix_fn(row // beams, ids))
 
 
 def constraint_of(prefix_fn: PrefixFn | None, rows: list[int]) -> PrefixFn | None:

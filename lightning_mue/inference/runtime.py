@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lightning_mue.backbones import Backbone, EncoderStream
+from lightning_mue.inference.fastest import FastestStream, fastest
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
 
@@ -21,14 +20,12 @@ RuntimeName = Literal["torch", "onnxruntime"]
 
 RUNTIMES: dict[RuntimeName, tuple[str | None, ...]] = {
     "torch": (None, "bfloat16", "float16"),
-    "onnxruntime": (None, "int8"),
+    "onnxruntime": (None, "int8", "int8_rows"),
 }
 """Name -> precisions that a policy may ask for; None is the model's own."""
 
 AUTO = "auto"
-"""Of the runtimes that can, the one whose decoder takes a step sooner here and now."""
-
-_TRIES = 15
+"""Of the runtimes that can, the one that is faster here and now, for the decoder and for each stream before it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Runtime:
 
     name: str
     streams: Sequence[EncoderStream]
-    executor: Callable[..., TorchExecutor]
+    executor: Callable[..., Any]
     held: Any = None
 
 
@@ -75,16 +72,17 @@ def make_runtime(name: str, backbone: Backbone, precision: str | None) -> Runtim
             f"Runtime {name!r} takes models in float32 on the CPU, got {one.dtype} on {one.device}; move it there, or "
             "take 'torch'"
         )
-    from lightning_mue.inference.ort_executor import OrtExecutor
-    from lightning_mue.inference.sessions import shared_sessions
+    from lightning_mue.inference.sessions import make_executor, shared_sessions
 
     sessions = shared_sessions(backbone, precision or "float32")
-    return Runtime(name, sessions.streams, partial(OrtExecutor, sessions.decoder), sessions)
+    return Runtime(name, sessions.streams, partial(make_executor, sessions.decoder), sessions)
 
 
 def in_precision(model: nn.Module, precision: str | None) -> nn.Module:
     """Return the model if it computes in this precision, else a copy of it that does."""
-    dtype = next(model.parameters()).dtype if precision in (None, "int8") else getattr(torch, precision or "")
+    if precision not in RUNTIMES["torch"] or precision is None:
+        return model
+    dtype = getattr(torch, precision)
     return model if dtype == next(model.parameters()).dtype else copy.deepcopy(model).to(dtype)
 
 
@@ -99,7 +97,7 @@ def _is_plain(backbone: Backbone) -> bool:
 
 
 def _fastest(backbone: Backbone, precision: str | None) -> Runtime:
-    """Return the runtime that takes a step of one row through all layers sooner; torch where nothing else can."""
+    """Return the runtime that takes a step of one row through all layers sooner; each stream before it chooses alone."""
     able = [name for name, precisions in RUNTIMES.items() if precision in precisions]
     if able != list(RUNTIMES):
         return make_runtime(able[0], backbone, precision)
@@ -112,13 +110,9 @@ def _fastest(backbone: Backbone, precision: str | None) -> Runtime:
         return plain
     rivals = [plain, *others]
     with torch.inference_mode():
-        steps, ms = [_step(rival, backbone) for rival in rivals], [list[float]() for _ in rivals]
-        for _ in range(_TRIES + 1):  # in turn: drift of the machine hits all alike
-            for step, of_rival in zip(steps, ms, strict=True):
-                begin = time.perf_counter()
-                step()
-                of_rival.append(time.perf_counter() - begin)
-    return min(zip(rivals, ms, strict=True), key=lambda pair: median(pair[1][1:]))[0]
+        chosen = rivals[fastest([_step(rival, backbone) for rival in rivals])]
+    streams = zip(*(rival.streams for rival in rivals), strict=True)
+    return replace(chosen, streams=[FastestStream(of_name) for of_name in streams], held=tuple(r.held for r in rivals))
 
 
 def _step(runtime: Runtime, backbone: Backbone) -> Callable[[], None]:

@@ -117,10 +117,10 @@ def decode(
         end_ids: a row that chooses one of them is done.
         steps: tokens to choose at most.
     """
-    return _Decoding(executor, exits, prompts, end_ids, steps).run()
+    return Decoding(executor, exits, prompts, end_ids, steps).run()
 
 
-class _Decoding:
+class Decoding:
     """One decode under way.
 
     Attributes:
@@ -145,17 +145,27 @@ class _Decoding:
         self.frontier = [[0] * len(prompts) for _ in range(executor.num_layers + 1)]
 
     def run(self) -> DecodeRecord:
-        live, tokens = list(range(len(self.prompts))), self.record.tokens
+        """Decode all rows."""
+        live, tokens = self._begin(), self.record.tokens
         if shared := min(self.before):
-            self.executor.embed(live, 0, [prompt[:shared] for prompt in self.prompts])
+            self.executor.embed(live, 0, [self.prompts[r][:shared] for r in live])
         while live:
             for position, rows in grouped(self.at, live):
                 self.executor.embed(rows, position, [[self._given(r, position)] for r in rows])
             self._choose([r for r in live if self.at[r] >= self.before[r]])
             for r in live:
                 self.at[r] = self.before[r] + len(tokens[r]) if tokens[r] else self.at[r] + 1
-            live = [r for r in live if not tokens[r] or not self._is_last(tokens[r])]
+            live = self._going(live)
         return self.record
+
+    def _begin(self) -> list[int]:
+        """Return the rows that are there from the start."""
+        return list(range(len(self.prompts)))
+
+    def _going(self, live: list[int]) -> list[int]:
+        """Return the rows that go on."""
+        tokens = self.record.tokens
+        return [r for r in live if not tokens[r] or not self._is_last(tokens[r])]
 
     def _given(self, row: int, position: int) -> int:
         prompt = self.prompts[row]

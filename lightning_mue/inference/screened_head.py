@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime as ort
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 Process = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Rows ``[R]``, scores ``[R, V]`` -> scores ``[R, V]``. It may write into the scores it is given."""
@@ -56,6 +58,7 @@ class ScreenedHead:
         weight_VD: float32; kept by reference beside an int8 copy. Whoever changes it makes a new head.
         bias_V: float32 or None; ``-inf`` bars a token.
         threads: of the int8 product; 0 means one per core.
+        graph: of ``product_graph`` for this matrix; made here, which needs onnx, if not given.
 
     Attributes:
         rows: rows asked so far.
@@ -67,18 +70,29 @@ class ScreenedHead:
         ValueError: weights or bias are not float32, not finite or of other shapes.
     """
 
-    def __init__(self, weight_VD: np.ndarray, bias_V: np.ndarray | None = None, threads: int = 0) -> None:
+    def __init__(
+        self,
+        weight_VD: np.ndarray,
+        bias_V: np.ndarray | None = None,
+        threads: int = 0,
+        graph: bytes | None = None,
+    ) -> None:
         _check_weights(weight_VD, bias_V)
         self.rows = self.refined_rows = self.full_rows = self.candidates = 0
         self._weight_VD = weight_VD
         self._bias_V = bias_V if bias_V is not None and bias_V.any() else None
         if self._bias_V is not None:
             self._upper_bias_V = self._bias_V * np.where(self._bias_V < 0, 1 - _SLACK, 1 + _SLACK).astype(np.float32)
-        levels = next((n for n in WEIGHT_LEVELS if _is_exact(n, weight_VD.shape[1])), None)
+        vocabulary, width = weight_VD.shape
+        if graph is None:
+            from lightning_mue.inference.product_graph import product_graph  # a bundle has the graph, and needs no onnx
+
+            graph = product_graph(vocabulary, width)
+        levels = next((n for n in WEIGHT_LEVELS if _is_exact(n, vocabulary, width, graph)), None)
         quantised_VD, scale_V, self._norms_2V = _quantise_weights(weight_VD, levels or WEIGHT_LEVELS[-1])
         self._screens: list[Callable[[np.ndarray], Bounds]] = [self._full]
         if levels is not None:  # else the int8 product is wrong on this machine, and every row is a full one
-            self._product = Int8Product(quantised_VD, scale_V, self._norms_2V, threads)
+            self._product = Int8Product(quantised_VD, scale_V, self._norms_2V, threads, graph)
             self._screens = [self._coarse, self._fine, self._full]
 
     def argmax(self, h_RD: np.ndarray, process: Process | None = None) -> np.ndarray:
@@ -188,11 +202,18 @@ class ScreenedHead:
 class Int8Product:
     """``scale * (p @ weight) + sizes @ norms``: 8-bit states ``p``, int8 weights, all else float32; on ONNX Runtime."""
 
-    def __init__(self, weight_VD: np.ndarray, scale_V: np.ndarray, norms_2V: np.ndarray, threads: int) -> None:
+    def __init__(
+        self, weight_VD: np.ndarray, scale_V: np.ndarray, norms_2V: np.ndarray, threads: int, graph: bytes
+    ) -> None:
+        import onnxruntime as ort
+
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        model = _product_graph(weight_VD, scale_V, norms_2V).SerializeToString()
-        self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._value = ort.OrtValue.ortvalue_from_numpy
+        self._weights = {"weight": np.ascontiguousarray(weight_VD.T), "scale": scale_V, "norms": norms_2V}
+        given = [self._value(array) for array in self._weights.values()]
+        options.add_external_initializers([*self._weights], given)
+        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._sizes_2 = np.zeros(2, np.float32)
         self._states_RD = np.zeros((0, weight_VD.shape[1]), np.uint8)
         self._out_RV = np.zeros((0, len(weight_VD)), np.float32)
@@ -215,42 +236,23 @@ class Int8Product:
         """Return the graph bound to the buffers' first rows; a binding keeps no buffer alive, this object does."""
         binding = self._bindings[rows] = self._session.io_binding()
         for name, array in (("states", self._states_RD[:rows]), ("sizes", self._sizes_2)):
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        binding.bind_ortvalue_output("out", ort.OrtValue.ortvalue_from_numpy(self._out_RV[:rows]))
+            binding.bind_ortvalue_input(name, self._value(array))
+        binding.bind_ortvalue_output("out", self._value(self._out_RV[:rows]))
         return binding
 
 
-def _product_graph(weight_VD: np.ndarray, scale_V: np.ndarray, norms_2V: np.ndarray) -> ModelProto:
-    """Return the graph; states are uint8 with zero point 128, the form with the fastest kernels."""
-    vocabulary, width = weight_VD.shape
-    constants = {
-        "weight": weight_VD.T,
-        "scale": scale_V,
-        "norms": norms_2V,
-        "one": np.float32(1),
-        "zero": np.uint8(128),
-    }
-    tensors = [numpy_helper.from_array(np.asarray(array, order="C"), name) for name, array in constants.items()]
-    info = helper.make_tensor_value_info
-    inputs = [info("states", TensorProto.UINT8, ["R", width]), info("sizes", TensorProto.FLOAT, [2])]
-    output = info("out", TensorProto.FLOAT, ["R", vocabulary])
-    error = helper.make_node("MatMul", ["sizes", "norms"], ["error"])
-    names = ["states", "weight", "one", "scale", "zero", "", "error"]
-    product = helper.make_node("MatMulIntegerToFloat", names, ["out"], domain="com.microsoft")
-    graph = helper.make_graph([error, product], "screen", inputs, [output], tensors)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
-
-
-def _is_exact(levels: int, width: int) -> bool:
+def _is_exact(levels: int, vocabulary: int, width: int, graph: bytes) -> bool:
     """Return whether the product is that of integers at its extremes, for one row and for many."""
     rng = np.random.default_rng(0)
     weight_VD = levels * rng.choice(np.array([-1, 1], np.int8), (48, width))
     weight_VD[0] = levels
+    weight_VD = np.resize(weight_VD, (vocabulary, width))
     states_RD = _STATE_LEVELS * rng.choice([-1, 1], (9, width))
     states_RD[0] = _STATE_LEVELS
-    product = Int8Product(weight_VD, np.ones(48, np.float32), np.zeros((2, 48), np.float32), threads=1)
-    expected_RV = (states_RD @ weight_VD.T.astype(np.int64)).astype(np.float32)
+    scale_V, norms_2V = np.ones(vocabulary, np.float32), np.zeros((2, vocabulary), np.float32)
+    product = Int8Product(weight_VD, scale_V, norms_2V, 1, graph)
+    expected_RV = (states_RD @ weight_VD[:48].T.astype(np.int64)).astype(np.float32)
+    expected_RV = expected_RV[:, np.arange(vocabulary) % 48]
     return all(np.array_equal(product(states_RD[:rows], np.zeros(2)), expected_RV[:rows]) for rows in (1, 9))
 
 

@@ -2,55 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
+from torch import nn
 
 from lightning_mue.backbones import Backbone, DecoderStream, EncoderStream, StreamState, fingerprint
+from lightning_mue.backbones.stream import TokenProcessor
+from lightning_mue.exits import Exits
 from lightning_mue.inference.graphs import Graphs
-from lightning_mue.inference.screened_head import Process, ScreenedHead
+from lightning_mue.inference.ort_executor import OrtExecutor, Processor
+from lightning_mue.inference.session import DecoderSessions, Head, LayerSessions, Session
+from lightning_mue.inference.stopwatch import Stopwatch
 
 
-class Session:
-    """A graph that runs: arrays in the order of its inputs -> arrays in the order of its outputs.
-
-    Args:
-        graph: its bytes.
-        threads: of one call.
-    """
-
-    def __init__(self, graph: bytes, threads: int) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self._names = [given.name for given in self._session.get_inputs()]
-
-    def __call__(self, *arrays: np.ndarray) -> Sequence[np.ndarray]:
-        """Run."""
-        found: Sequence[np.ndarray] = self._session.run(None, dict(zip(self._names, arrays, strict=True)))
-        return found
-
-
-@dataclass(frozen=True)
-class LayerSessions:
-    """One layer's `LayerPieces`, running."""
-
-    before: Session
-    between: Session
-    after: Session
-    memory: Session
-
-
-class DecoderSessions:
-    """All layers of a decoder and its head.
+def decoder_sessions(decoder: DecoderStream, precision: str = "float32") -> DecoderSessions:
+    """Return all layers of a decoder and its head, running.
 
     Args:
         decoder: whose pieces they are; its weights are copied, in the precision asked for.
@@ -59,35 +31,95 @@ class DecoderSessions:
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
     """
+    check_installed()
+    graphs, threads = Graphs(precision), torch.get_num_threads()
+    pieces = decoder_pieces(decoder)
 
-    def __init__(self, decoder: DecoderStream, precision: str = "float32") -> None:
-        check_installed()
-        self.precision, self.threads = precision, torch.get_num_threads()
-        graphs = Graphs(precision)
-        h_ND, memory_BSD = torch.zeros(2, decoder.width), torch.zeros(2, 3, decoder.width)
-        examples = {"before": (h_ND,), "between": (h_ND, h_ND), "after": (h_ND, h_ND), "memory": (memory_BSD,)}
-
-        def session(module: Any, *given: torch.Tensor) -> Session:
-            return Session(graphs.make(module, *given), self.threads)
-
+    def session(name: str) -> Session:
         with torch.inference_mode(False):
-            self.layers = [
-                LayerSessions(**{n: session(piece, *examples[n]) for n, piece in decoder.pieces(k).named().items()})
-                for k in range(1, decoder.num_layers + 1)
-            ]
-        weight_VD, bias_V = decoder.head_weights()
-        self.screened_head = ScreenedHead(weight_VD, bias_V, self.threads)
-        self._make_head = partial(session, decoder.head_piece, h_ND)
+            return Session(graphs.make(*pieces[name]), threads)
+
+    def head() -> Head:
+        run = session("head")
+        return lambda h_RD: run(h_RD)[0]
+
+    layers = [
+        LayerSessions(*(session(f"{k}/{name}") for name in LAYER_PIECES)) for k in range(1, decoder.num_layers + 1)
+    ]
+    weights = decoder.head_weights()
+    return DecoderSessions(layers, decoder.num_heads, decoder.max_positions, precision, threads, *weights, head)
+
+
+LAYER_PIECES = ("before", "between", "after", "memory")
+
+
+def decoder_pieces(decoder: DecoderStream) -> dict[str, tuple[nn.Module, *tuple[torch.Tensor, ...]]]:
+    """Return name -> module and examples of what it is given, of the head and of all layers' pieces."""
+    h_ND, memory_BSD = torch.zeros(2, decoder.width), torch.zeros(2, 3, decoder.width)
+    examples = {"before": (h_ND,), "between": (h_ND, h_ND), "after": (h_ND, h_ND), "memory": (memory_BSD,)}
+    layers = {k: decoder.pieces(k).named() for k in range(1, decoder.num_layers + 1)}
+    found: dict[str, Any] = {"head": (decoder.head_piece, h_ND)}
+    return found | {f"{k}/{name}": (part[name], *examples[name]) for k, part in layers.items() for name in LAYER_PIECES}
+
+
+class TorchOutside:
+    """What of a decoder lies outside its layers and its head, in torch (an ``Outside``).
+
+    Args:
+        decoder: the backbone's.
+        exits: the backbone's, or None.
+    """
+
+    def __init__(self, decoder: DecoderStream, exits: Exits | None) -> None:
+        self._decoder, self._exits = decoder, exits
+
+    def embed(self, ids_Rm: np.ndarray, first: int) -> np.ndarray:
+        """Return the states that enter layer 1."""
+        return self._decoder.embed(torch.from_numpy(ids_Rm), first).numpy()
+
+    def branch(self, layer: int, h_RD: np.ndarray) -> np.ndarray:
+        """Return what the head reads of an exit's states."""
+        h = torch.from_numpy(h_RD)
+        return self._decoder.norm(h if self._exits is None else self._exits.adapt("decoder", layer, h)).numpy()
+
+    def gate(self, layer: int, h_RD: np.ndarray) -> np.ndarray:
+        """Return an exit's gate scores."""
+        assert self._exits is not None
+        h = torch.from_numpy(h_RD)
+        return self._exits.gate_logit("decoder", layer, h, rows=self._shortlist_head).float().sigmoid().numpy()
 
     @cached_property
-    def head(self) -> Session:
-        """All logits, which only some signals need."""
-        with torch.inference_mode(False):
-            return self._make_head()
+    def _shortlist_head(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        assert self._exits is not None
+        return self._exits.shortlist_head(self._decoder)
 
-    def best(self, h_RD: np.ndarray, process: Process | None) -> np.ndarray:
-        """Return the best token of each row of normed states, exactly, from weights of 8 bits."""
-        return self.screened_head.argmax(h_RD, process)
+
+def make_executor(
+    sessions: DecoderSessions,
+    backbone: Backbone,
+    exits: Exits | None,
+    memory_BSD: torch.Tensor,
+    memory_mask: torch.Tensor | None,
+    positions: int,
+    processors: Sequence[TokenProcessor],
+    stopwatch: Stopwatch,
+    beams: int = 1,
+    closed: Sequence[int] | None = None,
+) -> OrtExecutor:
+    """Return the executor of a batch whose tensors lie in float32 on the CPU; called as `TorchExecutor` is."""
+    bias_BS = None if memory_mask is None else np.ascontiguousarray(memory_mask[:, 0, 0].numpy())
+    how = (bias_BS, positions, [_of_arrays(processor) for processor in processors], stopwatch, beams, closed)
+    outside = TorchOutside(backbone.decoder, exits)
+    return OrtExecutor(sessions, outside, np.ascontiguousarray(memory_BSD.numpy()), *how)
+
+
+def _of_arrays(processor: TokenProcessor) -> Processor:
+    """Return a processor of tensors as one of arrays."""
+
+    def process(ids_Rt: np.ndarray, logits_RV: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+        return processor(torch.from_numpy(ids_Rt), torch.from_numpy(logits_RV), rows).numpy()
+
+    return process
 
 
 class StreamSessions:
@@ -144,7 +176,7 @@ def shared_sessions(backbone: Backbone, precision: str = "float32") -> Sessions:
     key = (fingerprint(backbone.model), precision, torch.get_num_threads(), where)
     if (found := _SHARED.get(key)) is None:
         streams = tuple(StreamSessions(stream, precision) for stream in backbone.encoders)
-        found = _SHARED[key] = Sessions(streams, DecoderSessions(backbone.decoder, precision))
+        found = _SHARED[key] = Sessions(streams, decoder_sessions(backbone.decoder, precision))
     return found
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _NOTHING = nullcontext()
 
@@ -16,12 +18,12 @@ class Stopwatch:
 
     Args:
         device: on CUDA the clock waits for the device at the borders of a part, so that parts are true (and the whole
-            is a little slower).
+            is a little slower); None: there is none, and no torch either.
         enabled: False records nothing and costs nothing.
     """
 
-    def __init__(self, device: torch.device, enabled: bool) -> None:
-        self._sync = enabled and device.type == "cuda"
+    def __init__(self, device: torch.device | None, enabled: bool) -> None:
+        self._sync = enabled and device is not None and device.type == "cuda"
         self._enabled = enabled
         self.ms: dict[str, float] = {}
 
@@ -39,5 +41,7 @@ class Stopwatch:
 
     def _now(self) -> float:
         if self._sync:
+            import torch
+
             torch.cuda.synchronize()
         return time.perf_counter() * 1e3

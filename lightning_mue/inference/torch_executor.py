@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class TorchExecutor:
         positions: at most: of the decoder prompt and of the answer.
         processors: applied to logits before the arg-max and before logit signals.
         stopwatch: where the time of each part goes.
+        beams: so many rows, one after the other, read the same memory.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class TorchExecutor:
         positions: int,
         processors: Sequence[TokenProcessor],
         stopwatch: Stopwatch,
+        beams: int = 1,
     ) -> None:
         decoder = self._decoder = backbone.decoder
         if positions > decoder.max_positions:
@@ -55,7 +58,8 @@ class TorchExecutor:
         self._exits, self._processors, self._watch = exits, processors, stopwatch
         self._memory, self._memory_mask = memory_BSD, memory_mask
         self.num_layers = decoder.num_layers
-        self.batch = memory_BSD.shape[0]
+        self.batch, self._beams = memory_BSD.shape[0] * beams, beams
+        self._owner_RT: Tensor | None = None
         new = memory_BSD.new_empty
         kv_shape = (decoder.num_layers + 1, self.batch, decoder.num_heads, positions, decoder.head_dim)
         self._keys, self._values = new(kv_shape), new(kv_shape)
@@ -65,6 +69,10 @@ class TorchExecutor:
         self._projected: list[set[int]] = [set() for _ in range(decoder.num_layers + 1)]
         self._logits: dict[int, tuple[list[Place], Tensor]] = {}
         self._streaks: dict[int, tuple[int, int]] = {}
+
+    def share(self, owner_RT: np.ndarray) -> None:
+        """From now on position ``t`` of row ``r`` is in row ``owner_RT[r, t]``; the table may change."""
+        self._owner_RT = torch.from_numpy(owner_RT)
 
     def embed(self, rows: Sequence[int], first: int, tokens: Sequence[Sequence[int]]) -> None:
         """Write the states that enter layer 1."""
@@ -85,12 +93,12 @@ class TorchExecutor:
     def _run_block(self, layer: int, rows: Sequence[int], first: int, last: int) -> None:
         self._project_memory(layer, rows)
         with self._watch.part("layers"):
-            index = self._index(rows)
-            h_RmD = self.states[layer - 1, index, first:last]
+            new = self._where(self._index(rows), first, last)
+            h_RmD = self.states[layer - 1][new]
             mask = causal_mask(first, last, h_RmD.dtype, h_RmD.device)
-            memory_mask = None if self._memory_mask is None else self._memory_mask[index]
-            kv = _RowsKV(self, layer, index, first, last)
-            self.states[layer, index, first:last] = self._decoder.cached_layer(layer, h_RmD, kv, mask, memory_mask)
+            memory_mask = None if self._memory_mask is None else self._memory_mask[self._samples(rows)]
+            kv = _RowsKV(self, layer, rows, first, last)
+            self.states[layer][new] = self._decoder.cached_layer(layer, h_RmD, kv, mask, memory_mask)
 
     def fill(self, mode: str, layer: int, rows: Sequence[int], first: int, last: int) -> None:
         """Pass states up one layer and project them there (``propagate``), or copy the K/V of the layer below."""
@@ -171,6 +179,14 @@ class TorchExecutor:
                 chosen |= dict(zip(places, self._best(h_RD, *self._at(places)), strict=True))
             return chosen
 
+    def log_probs(self, exits: Mapping[int, Sequence[Place]]) -> np.ndarray:
+        """Return the processed log probabilities ``[R, V]`` of places, given by exit layer."""
+        with self._watch.part("head"):
+            places = [place for group in exits.values() for place in group]
+            h_RD = torch.cat([self._branch(k, *self._at(group)) for k, group in exits.items()])
+            log_probs_RV = self._head(h_RD).float().log_softmax(-1)
+            return self._process(log_probs_RV, *self._at(places)).cpu().numpy()
+
     def _best(self, h_RD: Tensor, index: Index, position: Position) -> list[int]:
         """Return the token that each exit branch chooses."""
         return self._process(self._head(h_RD), index, position).argmax(-1).tolist()
@@ -182,7 +198,7 @@ class TorchExecutor:
     def _process(self, logits_RV: Tensor, index: Index, position: Position) -> Tensor:
         if isinstance(position, int):
             for processor in self._processors:
-                logits_RV = processor(self.ids[index, : position + 1], logits_RV, self._rows(index))
+                logits_RV = processor(self.ids[self._where(index, 0, position + 1)], logits_RV, self._rows(index))
             return logits_RV
         processed_RV, row_R = torch.empty_like(logits_RV), torch.as_tensor(self._rows(index), device=self.ids.device)
         for at in position.unique().tolist() if self._processors else ():
@@ -206,19 +222,31 @@ class TorchExecutor:
             return slice(rows[0], rows[-1] + 1)
         return torch.tensor(rows, device=self.ids.device)
 
+    def _where(self, index: Index, first: int, last: int) -> tuple[Index, slice | Tensor]:
+        """Return how positions of rows are indexed in buffers ``[B, T, ...]``, wherever they lie."""
+        if self._owner_RT is None:
+            return index, slice(first, last)
+        owner_Rm = self._owner_RT[index, first:last].to(self.ids.device)
+        return owner_Rm, torch.arange(first, last, device=self.ids.device)
+
+    def _samples(self, rows: Sequence[int]) -> Index:
+        """Return how the samples of rows are indexed; a single one of several beams once."""
+        samples = [row // self._beams for row in rows]
+        return self._index(samples[:1] if self._beams > 1 and len({*samples}) == 1 else samples)
+
     def _project_memory(self, layer: int, rows: Sequence[int]) -> None:
-        missing = [r for r in rows if r not in self._projected[layer]]
+        missing = [s for s in dict.fromkeys(r // self._beams for r in rows) if s not in self._projected[layer]]
         if not missing:
             return
         with self._watch.part("memory"):
             index = self._index(missing)
             key, value = self.memory_rows(layer, self._memory[index])
             stored = self._memory_kv[layer]
-            if stored is None and len(missing) == self.batch:
+            if stored is None and len(missing) == len(self._memory):
                 self._memory_kv[layer] = (key, value)
             else:
                 if stored is None:
-                    shape = (self.batch, *key.shape[1:])
+                    shape = (len(self._memory), *key.shape[1:])
                     stored = self._memory_kv[layer] = (key.new_empty(shape), value.new_empty(shape))
                 stored[0][index], stored[1][index] = key, value
             self._projected[layer].update(missing)
@@ -231,16 +259,18 @@ class TorchExecutor:
 class _RowsKV:
     """One layer's K/V for the rows and positions of one call (a ``LayerKV``)."""
 
-    def __init__(self, owner: TorchExecutor, layer: int, index: Index, first: int, last: int) -> None:
-        self._owner, self._layer, self._index, self._first, self._last = owner, layer, index, first, last
+    def __init__(self, owner: TorchExecutor, layer: int, rows: Sequence[int], first: int, last: int) -> None:
+        index, self._count, self._samples = owner._index(rows), len(rows), owner._samples(rows)
+        self._new, self._seen = owner._where(index, first, last), owner._where(index, 0, last)
+        self._kv, self._memory = (owner._keys[layer], owner._values[layer]), owner._memory_kv[layer]
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._owner._keys[self._layer], self._owner._values[self._layer]
-        keys[self._index, :, self._first : self._last] = key
-        values[self._index, :, self._first : self._last] = value
-        return keys[self._index, :, : self._last], values[self._index, :, : self._last]
+        for buffer_BHTd, new_RHmd in zip(self._kv, (key, value), strict=True):
+            buffer_BHTd.transpose(1, 2)[self._new] = new_RHmd.transpose(1, 2)
+        keys, values = (buffer_BHTd.transpose(1, 2)[self._seen].transpose(1, 2) for buffer_BHTd in self._kv)
+        return keys, values
 
     def memory(self) -> tuple[Tensor, Tensor]:
-        stored = self._owner._memory_kv[self._layer]
-        assert stored is not None
-        return stored[0][self._index], stored[1][self._index]
+        assert self._memory is not None
+        key, value = (kv[self._samples].expand(self._count, -1, -1, -1) for kv in self._memory)
+        return key, value

@@ -32,4 +32,4 @@ def flat_similarity(h_BTD: Tensor, before_BTD: Tensor) -> Tensor:
     What MuE's published code compares: a single decision for all samples, which depends on who else is in the batch.
     """
     one = torch.cosine_similarity(h_BTD.float().flatten(), before_BTD.float().flatten(), dim=0)
-    return one.expand(len(h_BTD))
+    return one.expand(h_BTD.shape[0])

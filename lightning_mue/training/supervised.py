@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mue.backbones import Backbone
-from lightning_mue.backbones.prompt import IGNORE, prompt_lengths
 from lightning_mue.backbones.stream import Inputs, causal_mask
 from lightning_mue.exits import Exits
+from lightning_mue.prompt import IGNORE, prompt_lengths
 from lightning_mue.training.losses import divergence
 
 

@@ -175,7 +175,7 @@ def test_a_failed_freeze_leaves_the_old_bundle(bundle, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(sys.modules["lightning_mue.export.freeze"], "write_manifest", fail)
+    monkeypatch.setattr(sys.modules["lightning_mue.export.freezing"], "write_manifest", fail)
     with pytest.raises(OSError, match="disk full"):
         freeze(zoo.make("florence2", seed=2), ExitPolicy.full_depth(), bundle)
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before

@@ -1,12 +1,14 @@
 """Graphs of modules: the numbers of the modules they were made of, for every layer and size."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lightning_mue.backbones import view
-from lightning_mue.inference import graphs
+from lightning_mue.inference import graphs, quantise
 from lightning_mue.inference.graphs import Graphs, with_weights
 from tests import zoo
 
@@ -88,10 +90,47 @@ def test_in_8_bits(tmp_path, monkeypatch):
     error = np.abs(ours - theirs).max()
     assert 1e-4 < error < 0.1 * np.abs(theirs).max()  # quantised, and not by much
     assert len(graph) < len(Graphs(folder=tmp_path).make(module, *tensors))
-    monkeypatch.setattr(graphs, "_quantised", lambda *_: pytest.fail("quantised again"))
+    monkeypatch.setattr(quantise, "by_tensor", lambda *_: pytest.fail("quantised again"))
     assert Graphs("int8", tmp_path).make(module, *tensors) == graph
 
 
+@pytest.mark.parametrize("name", ["before", "between", "after", "memory"])
+@torch.no_grad()
+def test_in_8_bits_by_row(tmp_path, name):
+    """Against rounding by hand in float64; a row is the same beside others and alone."""
+    decoder = view(zoo.make("florence2")).decoder
+    module = getattr(decoder.pieces(2), name)
+    tensors = [tensor.clone() for tensor in examples(name, decoder.width, 1, n=9)]
+    for tensor in tensors:
+        tensor[0] *= 50
+    graph = Graphs("int8_rows", tmp_path).make(module, *tensors)
+    found = run(graph, *tensors)
+    expected = outputs(by_hand(module), *(tensor.double() for tensor in tensors))
+    for ours, theirs in zip(found, expected, strict=True):
+        steps = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        assert steps < 0.01  # a number may be rounded the other way where float32 and float64 differ
+        assert np.quantile(np.abs(ours - theirs), 0.9) < 1e-5 * np.abs(theirs).max()
+    assert np.abs(found[-1] - outputs(module, *tensors)[-1]).max() > 1e-4
+    for row in range(len(tensors[0])):
+        alone = run(graph, *(tensor[row : row + 1] for tensor in tensors))
+        assert all(np.array_equal(together[row], one[0]) for together, one in zip(found, alone, strict=True))
+
+
+def by_hand(module):
+    """Return the module in float64, whose linears round their weights and each row that they read."""
+    module = copy.deepcopy(module).double()
+    for linear in [part for part in module.modules() if isinstance(part, nn.Linear)]:
+        scale_V = linear.weight.abs().amax(1, keepdim=True) / 127
+        linear.weight.copy_((linear.weight / scale_V).round() * scale_V)
+        linear.register_forward_pre_hook(lambda _, given: (rounded(given[0]),))
+    return module
+
+
+def rounded(x):
+    unit = x.abs().amax(-1, keepdim=True) / 127
+    return (x / unit).round() * unit
+
+
 def test_unknown_precisions():
-    with pytest.raises(ValueError, match="precision float32 or int8, got 'int4'"):
+    with pytest.raises(ValueError, match=r"precisions .*'int8_rows'.*, got 'int4'"):
         Graphs("int4")

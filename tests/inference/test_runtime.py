@@ -3,15 +3,17 @@
 import gc
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_mue.backbones import view
-from lightning_mue.inference import ExitEngine, runtime
+from lightning_mue.inference import ExitEngine, fastest, runtime
 from lightning_mue.inference.runtime import make_runtime
-from lightning_mue.inference.sessions import shared_sessions
+from lightning_mue.inference.sessions import StreamSessions, shared_sessions
 from lightning_mue.policy import ExitPolicy
 from tests import zoo
+from tests.invariants.policies import STEPS, random_depths
 
 FULL, INT8 = ExitPolicy.full_depth(), ExitPolicy(precision="int8")
 
@@ -23,7 +25,7 @@ pytest.importorskip("onnxscript")
 def states(policy, name, tensors, depths):
     model = zoo.shared("florence2")
     out, executor = ExitEngine(model, policy, runtime=name).run(6, None, False, tensors, forced=depths)
-    return out, executor.states[:, :, : out.sequences.shape[1] - 1]
+    return out, torch.as_tensor(executor.states[:, :, : out.sequences.shape[1] - 1])
 
 
 def test_8_bits_are_near_float32():
@@ -35,6 +37,26 @@ def test_8_bits_are_near_float32():
     assert 1e-4 < error.max() < 0.5
     assert error.square().mean().sqrt() < 0.1 * right[1:, :, :1].square().mean().sqrt()
     assert same >= 1
+
+
+@pytest.mark.parametrize("name", list(zoo.BACKBONES))
+def test_8_bits_by_row_do_not_depend_on_the_batch(name):
+    """To the last bit, in every layer of every stream; with one scale for all rows they do."""
+    model, tensors, depths = zoo.shared(name), zoo.inputs(name, 4), random_depths(name, 4)
+    depends = {}
+    for precision in ("int8", "int8_rows"):
+        engine = ExitEngine(model, ExitPolicy(precision=precision))
+        out, executor = engine.run(STEPS, None, False, tensors, forced=depths)
+        differences = 0
+        for row in range(4):
+            one = {key: tensor[row : row + 1] for key, tensor in tensors.items()}
+            alone, by_itself = engine.run(STEPS, None, False, one, forced=depths[row : row + 1])
+            reached = np.minimum(out.exit_depths["decoder"][row, :6].numpy(), alone.exit_depths["decoder"][0, :6].numpy())
+            for position, depth in enumerate(reached):
+                mine, single = executor.states[: depth + 1, row, position], by_itself.states[: depth + 1, 0, position]
+                differences += int((mine != single).sum())
+        depends[precision] = differences > 0
+    assert depends == {"int8": True, "int8_rows": False}
 
 
 def test_a_policy_in_8_bits_runs_where_it_can():
@@ -64,10 +86,31 @@ def test_auto_takes_what_is_faster(sooner, monkeypatch):
         return run
 
     monkeypatch.setattr(runtime, "_step", slowed)
-    monkeypatch.setattr(runtime.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(fastest.time, "perf_counter", lambda: now[0])
     engine = ExitEngine(zoo.shared("florence2"), FULL, runtime="auto")
     assert engine.runtime == sooner
     assert engine.generate(3, **zoo.inputs("florence2", 2)).sequences.shape == (2, 4)
+
+
+@pytest.mark.parametrize("sooner", ["torch", "onnxruntime"])
+def test_auto_takes_for_each_stream_what_is_faster(sooner, monkeypatch):
+    model, tensors, now = zoo.shared("florence2"), zoo.inputs("florence2", 2), [0.0]
+    engine = ExitEngine(model, FULL, runtime="auto")
+    kinds = {"torch": type(engine.backbone.encoders[0]), "onnxruntime": StreamSessions}
+    for rival in engine._runtime.streams[0]._rivals:
+        monkeypatch.setattr(rival, "layer", slowed(rival.layer, now, not isinstance(rival, kinds[sooner])))
+    monkeypatch.setattr(fastest.time, "perf_counter", lambda: now[0])
+    expected = ExitEngine(model, FULL).generate(4, **tensors).sequences.tolist()
+    assert engine.generate(4, **tensors).sequences.tolist() == expected
+    assert isinstance(engine._runtime.streams[0].chosen, kinds[sooner])
+
+
+def slowed(layer, now, is_slow):
+    def run(k, state):
+        now[0] += is_slow
+        return layer(k, state)
+
+    return run
 
 
 def test_auto_takes_what_there_is(monkeypatch):

@@ -261,7 +261,7 @@ def test_rows_are_named_to_processors_whatever_screen_they_reach():
 class _Saturating(Int8Product):
     """What x86 without VNNI computes: the sum of two products is cut to 16 bits."""
 
-    def __init__(self, weight_VD, scale_V, norms_2V, threads):
+    def __init__(self, weight_VD, scale_V, norms_2V, threads, graph):
         self.weight_VD, self.scale_V, self.norms_2V = weight_VD.astype(np.int64), scale_V, norms_2V
 
     def __call__(self, p_RD, sizes_2):

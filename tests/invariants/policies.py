@@ -61,7 +61,8 @@ def decoder_rule(model, name, tensors, signal, share=0.35, **more: Any):
         scores = []
         for position, live in enumerate(steps):
             rows = live.nonzero()[:, 0]
-            scores.append(executor.scores(signal, k, rows, position, executor.exit_logits(k, rows, position)))
+            found = executor.scores(signal, k, rows, position, executor.exit_logits(k, rows, position))
+            scores.append(torch.as_tensor(found))
         thresholds.append(torch.cat(scores).quantile(1 - share).item() - 1e-5)
     return ExitRule(signal, layers, thresholds, **more)
 

@@ -161,7 +161,7 @@ def test_states_are_those_of_a_full_pass_and_computed_once(name):
             last = [LENGTHS[row] + t + 1 for t in range(steps) if depths[row, t] >= layer]
             seen = max(last, default=0)  # every position up to the last token that came so deep
             pairs += seen
-            state = executor.states[layer, row, :seen]
+            state = torch.as_tensor(executor.states[layer, row, :seen])
             if layer == executor.num_layers:
                 state = reference.final_norm(model)(state)
             torch.testing.assert_close(state, expected[layer][0, :seen], rtol=1e-4, atol=1e-4)
@@ -199,7 +199,7 @@ def test_a_prompt_is_computed_under_every_fill(name, fill):
         expected, _ = reference.decoder_states(model, one, given)
         deepest = int(found.exit_depths["decoder"][row].max())
         for layer in range(1, deepest + 1):
-            state = executor.states[layer, row, : LENGTHS[row]]
+            state = torch.as_tensor(executor.states[layer, row, : LENGTHS[row]])
             if layer == executor.num_layers:
                 state = reference.final_norm(model)(state)
             torch.testing.assert_close(state, expected[layer][0, : LENGTHS[row]], rtol=1e-4, atol=1e-4)

@@ -82,7 +82,7 @@ def test_just_in_time_states_are_those_of_a_full_pass(name, signal, monkeypatch)
     # The reference: the backbone's own forward over the same tokens, all layers.
     expected, _ = reference.decoder_states(model, tensors, out.sequences[:, :-1])
     for layer, row, position in seen:
-        state = executor.states[layer, row, position]
+        state = torch.as_tensor(executor.states[layer, row, position])
         if layer == executor.num_layers:
             state = reference.final_norm(model)(state)
         torch.testing.assert_close(state, expected[layer][row, position], rtol=1e-4, atol=1e-4)

@@ -113,7 +113,7 @@ def test_every_mode_is_what_single_positions_give(name, fill, backlog):
                 (executor.states[layer, row, :length], states[0]),
             ):
                 # States that are made up grow, and with them what runtimes round differently.
-                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(torch.as_tensor(mine), theirs, rtol=1e-3, atol=1e-3)
     assert (out.pairs, out.filled) == (pairs, filled)
     assert (filled > 0) == (fill != "just-in-time")
 
@@ -131,7 +131,7 @@ def test_modes_differ(name):
             for layer in range(1, depth + 1)
         ]
         assert one.sequences.tolist() != other.sequences.tolist() or not all(
-            torch.allclose(*both, atol=1e-2) for both in values
+            torch.allclose(*map(torch.as_tensor, both), atol=1e-2) for both in values
         )
 
 
@@ -145,7 +145,8 @@ def test_a_backlog_of_the_whole_length_is_just_in_time(name, fill):
     assert found.sequences.tolist() == exact.sequences.tolist()
     assert (found.pairs, found.filled) == (exact.pairs, 0)
     for row, position, depth in positions(exact):
-        assert torch.equal(mine.states[: depth + 1, row, position], theirs.states[: depth + 1, row, position])
+        both = (torch.as_tensor(e.states[: depth + 1, row, position]) for e in (mine, theirs))
+        assert torch.equal(*both)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

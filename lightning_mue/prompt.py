@@ -1,12 +1,12 @@
-"""Decoder prompts: tokens that the decoder is given before it answers, as OFA, Donut and BLIP use them."""
+"""Decoder prompts: tokens that the decoder is given before it answers, as OFA, Donut and BLIP use them.
+
+All of it takes tensors or arrays.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 IGNORE = -100
 """Fills up rows of prompts and of labels; no loss counts it."""
@@ -18,7 +18,7 @@ def read_prompts(inputs: Mapping[str, Any], rows: int, start_id: int) -> list[li
     Raises:
         ValueError: another number of rows, or padding that is not on the right.
     """
-    prompt_BP: Tensor | None = inputs.get("decoder_prompt")
+    prompt_BP: Any = inputs.get("decoder_prompt")
     if prompt_BP is None:
         return [[start_id] for _ in range(rows)]
     if prompt_BP.ndim != 2 or len(prompt_BP) != rows:
@@ -31,13 +31,13 @@ def read_prompts(inputs: Mapping[str, Any], rows: int, start_id: int) -> list[li
     return [[start_id, *row[:n]] for row, n in zip(prompt_BP.tolist(), lengths.tolist(), strict=True)]
 
 
-def prompt_lengths(prompt_BP: Tensor) -> Tensor:
+def prompt_lengths(prompt_BP: Any) -> Any:
     """Return ``[B]``: tokens of each row."""
     return (prompt_BP >= 0).sum(1)
 
 
 def without_prompt(
-    allowed: Callable[[int, Tensor], list[int]], prompts: Sequence[Sequence[int]]
-) -> Callable[[int, Tensor], list[int]]:
+    allowed: Callable[[int, Any], list[int]], prompts: Sequence[Sequence[int]]
+) -> Callable[[int, Any], list[int]]:
     """Return a constraint on the next token that is shown the start token and the answer so far, not the prompt."""
-    return lambda row, ids: allowed(row, torch.cat([ids[:1], ids[len(prompts[row]) :]]))
+    return lambda row, ids: allowed(row, ids[[0, *range(len(prompts[row]), len(ids))]])

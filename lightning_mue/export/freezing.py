@@ -10,20 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from lightning_mue.backbones import fingerprint, view
 from lightning_mue.backbones.processor import Processor
 from lightning_mue.exits import attached
 from lightning_mue.export.card import model_card
+from lightning_mue.export.graph_bundle import save_graphs
 from lightning_mue.export.manifest import foreign_files, is_bundle, write_manifest
 from lightning_mue.export.model_file import load_files, read_config, save_files
+from lightning_mue.export.single_file import export_graphs
 from lightning_mue.inference.check import check_policy
 from lightning_mue.policy import ExitPolicy
+from lightning_mue.portable.names import POLICY, PROCESSOR
 
-POLICY = "policy.json"
-PROCESSOR = "processor"
-"""Folder of the processor's files: they have names of their own, which must not meet those of the bundle."""
+SINGLE_FILE = "single_file"
+"""Folder of the streams before the decoder, each as one graph."""
 
 
 def freeze(
@@ -32,10 +35,15 @@ def freeze(
     folder: str | os.PathLike[str],
     processor: Any = None,
     table: str | None = None,
+    runtime: str | None = None,
+    graphs: bool = False,
 ) -> Path:
     """Write a bundle: weights, config, policy, processor and model card; the same inputs give the same bytes.
 
     The folder appears complete or not at all: it is written aside, read back and renamed.
+
+    With ``runtime="onnxruntime"`` it holds the model as graphs, from pixels to tokens, instead of modules and their
+    weights. It then answers where onnxruntime, numpy, tokenizers and Pillow are all that is installed.
 
     Args:
         model: a supported backbone, with exits attached if the policy needs them; it stays as it is.
@@ -43,6 +51,10 @@ def freeze(
         folder: where to; a bundle that lies there is replaced, anything else is refused.
         processor: a Processor, or a transformers processor; without one the bundle takes and gives tensors.
         table: a comparison for the model card, as Markdown (``lightning_mue.report.table_markdown``).
+        runtime: ``onnxruntime`` for graphs, which need a processor (``[ort]`` must be installed to write them); if not
+            given, the bundle runs in any runtime where torch is.
+        graphs: also write what runs before the decoder as single files for other programs (`export_graphs`), into
+            the bundle's folder ``single_file``; needs a processor.
 
     Returns:
         The folder.
@@ -50,7 +62,11 @@ def freeze(
     Raises:
         ValueError: the policy does not fit the model, or the folder holds something else than a bundle.
         TypeError: the model has no view, or the processor cannot be saved.
+        ImportError: graphs are asked for, and onnx, onnxscript or onnxruntime is not installed.
     """
+    processor = None if processor is None else _as_processor(processor)
+    if graphs and processor is None:
+        raise ValueError("`graphs` needs a processor, which says how large pictures are; `export_graphs` takes inputs")
     target = Path(folder).resolve()  # a link keeps pointing to what is replaced
     _check_target(target)
     check_policy(policy, view(model), attached(model))
@@ -62,12 +78,19 @@ def freeze(
         )
     policy = replace(policy, fingerprint=found)
     with _written_aside(target) as aside:
-        save_files(model, aside, found)
         policy.save(aside / POLICY)
         if processor is not None:
-            _as_processor(processor).save(aside / PROCESSOR)
-        (aside / "README.md").write_text(model_card(policy, target.name, table, processor is not None), "utf-8")
-        _check_readable(aside)
+            processor.save(aside / PROCESSOR)
+        card = model_card(policy, target.name, table, processor is not None, runtime is not None)
+        (aside / "README.md").write_text(card, "utf-8")
+        if runtime is None:
+            save_files(model, aside, found)
+            _check_readable(aside)
+        else:
+            save_graphs(model, policy, processor, aside, runtime)
+        if graphs:
+            assert processor is not None
+            export_graphs(model, policy, aside / SINGLE_FILE, processor([Image.new("RGB", (32, 32))], ["a"]))
         write_manifest(aside)
     return Path(folder)
 

@@ -1,0 +1,91 @@
+"""What the pieces of a backbone take, counted while each of them runs once: numbers in its matrices, multiply-adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lightning_mue.backbones import Backbone, DecoderStream, EncoderStream, view
+from lightning_mue.backbones.stream import Inputs
+from lightning_mue.benchmark.limits import DecoderWork, StreamWork, Work
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """A backbone's pieces on inputs of one size."""
+
+    streams: Mapping[str, StreamWork]
+    decoder: DecoderWork
+
+
+def model_work(model: nn.Module, inputs: Mapping[str, Any]) -> ModelWork:
+    """Count the pieces of a backbone, which run once each, on a batch of inputs."""
+    backbone = view(model)
+    done: dict[str, Tensor] = {}
+    streams = {stream.name: _stream_work(backbone, stream, inputs, done) for stream in backbone.encoders}
+    return ModelWork(streams, decoder_work(model, backbone.decoder, backbone.memory(done)[:1]))
+
+
+def decoder_work(model: nn.Module, decoder: DecoderStream, memory_1SD: Tensor) -> DecoderWork:
+    """Count the pieces of a decoder that reads this memory."""
+    h_11D = memory_1SD.new_zeros(1, 1, decoder.width)
+    layers, memory = [], []
+    for k in range(1, decoder.num_layers + 1):
+        (key, value), projection = counted(model, partial(decoder.memory_kv, k, memory_1SD))
+        _, whole = counted(model, partial(decoder.layer, k, h_11D, memory_1SD, None, None))
+        memory.append(projection)
+        layers.append(
+            Work(whole.weights - projection.weights, whole.macs - projection.macs, key.numel() + value.numel())
+        )
+    _, head = counted(model, lambda: decoder.head(decoder.norm(h_11D[0])))
+    return DecoderWork(layers, memory, head)
+
+
+def _stream_work(backbone: Backbone, stream: EncoderStream, inputs: Inputs, done: dict[str, Tensor]) -> StreamWork:
+    """Count a stream, and add what it gives to ``done``."""
+    state, first = counted(backbone.model, partial(stream.prologue, inputs, done))
+    layers = []
+    for k in range(1, stream.num_layers + 1):
+        state.h_BTD, layer = counted(backbone.model, partial(stream.layer, k, state))
+        layers.append(layer)
+    done[stream.name], last = counted(backbone.model, partial(stream.epilogue, state))
+    return StreamWork(Work(first.weights + last.weights, first.macs + last.macs), layers)
+
+
+def counted(model: nn.Module, piece: Callable[[], Any]) -> tuple[Any, Work]:
+    """Run a piece of a model; return what it gives and what it took."""
+    # Outside of inference mode, for there some products reach a dispatch mode as one with what is around them.
+    with torch.inference_mode(False), torch.no_grad(), _Counter(model) as counter:
+        result = piece()
+    return result, counter.work
+
+
+class _Counter(TorchDispatchMode):
+    """Counts products, and the parameters that are factors in them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._sizes = {p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}
+        self._read: set[int] = set()
+        self._macs = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self._macs += count(*args, **(kwargs or {}), out_val=result) // 2
+            self._read |= {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
+        return result
+
+    @property
+    def work(self) -> Work:
+        """What was counted."""
+        return Work(sum(self._sizes.get(pointer, 0) for pointer in self._read), self._macs)

@@ -1,0 +1,81 @@
+"""Loading a bundle: everything is checked before anything is believed. A bundle of graphs is loaded without torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_mue.export.manifest import check_manifest
+from lightning_mue.policy import ExitPolicy
+from lightning_mue.portable.names import GRAPH_WEIGHTS, GRAPHS, POLICY, PROCESSOR
+
+if TYPE_CHECKING:
+    import torch
+
+    from lightning_mue.inference.engine import ExitEngine
+    from lightning_mue.portable.engine import PortableEngine
+
+
+def load(
+    folder: str | os.PathLike[str], device: str | torch.device = "cpu", runtime: str | None = None
+) -> ExitEngine | PortableEngine:
+    """Read a bundle that ``freeze`` wrote; no Lightning, no network, no pickle.
+
+    Args:
+        folder: of the bundle.
+        device: where the model goes; graphs run on the CPU.
+        runtime: as of `ExitEngine`; of a bundle of graphs it is ``onnxruntime``.
+
+    Returns:
+        An engine, with the bundle's processor if it has one. Of a bundle of graphs it takes and gives arrays.
+
+    Raises:
+        ValueError: not a bundle, another schema, or a file that is missing, damaged or of another bundle.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a bundle: there is no such folder.")
+    check_manifest(folder)
+    return _load_graphs(folder, device, runtime) if (folder / GRAPHS).is_file() else _load(folder, device, runtime)
+
+
+def _load(folder: Path, device: str | torch.device, runtime: str | None) -> ExitEngine:
+    from lightning_mue.backbones.processor import Processor
+    from lightning_mue.export.model_file import CONFIG, WEIGHTS, load_files, read_config
+    from lightning_mue.inference.engine import ExitEngine
+
+    _check_there(folder, CONFIG, WEIGHTS, POLICY)
+    config, policy = read_config(folder), ExitPolicy.load(folder / POLICY)
+    _check_same(folder, policy, CONFIG, config["fingerprint"])
+    model = load_files(folder, config).to(device)
+    processor = Processor.load(folder / PROCESSOR) if (folder / PROCESSOR).is_dir() else None
+    return ExitEngine(model, policy, check_fingerprint=False, processor=processor, runtime=runtime)
+
+
+def _load_graphs(folder: Path, device: str | torch.device, runtime: str | None) -> PortableEngine:
+    from lightning_mue.portable.engine import PortableEngine
+
+    if runtime not in (None, "auto", PortableEngine.runtime) or str(device) != "cpu":
+        raise ValueError(
+            f"{folder} is a bundle of graphs, which run in {PortableEngine.runtime!r} on the CPU; got runtime "
+            f"{runtime!r} and device {str(device)!r}. Freeze the model without `runtime` for others."
+        )
+    _check_there(folder, GRAPH_WEIGHTS, POLICY)
+    engine = PortableEngine(folder)
+    _check_same(folder, engine.policy, GRAPHS, engine.files.facts["fingerprint"])
+    return engine
+
+
+def _check_there(folder: Path, *names: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} lacks {name!r}; copy the bundle again.")
+
+
+def _check_same(folder: Path, policy: ExitPolicy, file: str, fingerprint: str) -> None:
+    if policy.fingerprint != fingerprint:
+        raise ValueError(
+            f"{folder} mixes files of different bundles: {POLICY} is of another model ({policy.fingerprint}) than "
+            f"{file} ({fingerprint}). Copy the bundle again, or calibrate and freeze."
+        )

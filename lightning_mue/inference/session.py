@@ -1,0 +1,107 @@
+"""Graphs that run, and what a decoder's executor needs of them. Arrays alone; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lightning_mue.inference.screened_head import ScreenedHead
+
+Array = np.ndarray
+Head = Callable[[Array], Array]
+"""Normed states ``[R, D]`` -> logits ``[R, V]``."""
+
+
+class Session:
+    """A graph that runs: arrays in the order of its inputs -> arrays in the order of its outputs.
+
+    Args:
+        graph: its bytes.
+        threads: of one call.
+        weights: by name, where the graph has places for them and not the numbers; shared, not copied.
+    """
+
+    def __init__(self, graph: bytes, threads: int, weights: Mapping[str, Array] | None = None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
+        self._weights = dict(weights or {})
+        if self._weights:
+            given = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()]
+            options.add_external_initializers([*self._weights], given)
+        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.shapes = {given.name: given.shape for given in self._session.get_inputs()}
+        self.outputs = [given.name for given in self._session.get_outputs()]
+
+    def __call__(self, *arrays: Array) -> Sequence[Array]:
+        """Run."""
+        found: Sequence[Array] = self._session.run(None, dict(zip(self.shapes, arrays, strict=True)))
+        return found
+
+    def named(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Run on those of the arrays that it takes; return its outputs by name."""
+        return dict(zip(self.outputs, self(*(arrays[name] for name in self.shapes)), strict=True))
+
+
+@dataclass(frozen=True)
+class LayerSessions:
+    """One layer's `LayerPieces`, running."""
+
+    before: Session
+    between: Session
+    after: Session
+    memory: Session
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderSessions:
+    """All layers of a decoder and its head.
+
+    Args:
+        layers: first to last.
+        heads: of attention.
+        max_positions: at most.
+        precision: of the layers' weights.
+        threads: of one call.
+        weight_VD: the head's matrix.
+        bias_V: the head's bias, or None.
+        make_head: makes what gives all logits, which only some signals need.
+        product: the graph of the screened head's product; made if not given.
+    """
+
+    layers: Sequence[LayerSessions]
+    heads: int
+    max_positions: int
+    precision: str
+    threads: int
+    weight_VD: Array
+    bias_V: Array | None
+    make_head: Callable[[], Head]
+    product: bytes | None = None
+
+    @cached_property
+    def head(self) -> Head:
+        """All logits."""
+        return self.make_head()
+
+    @cached_property
+    def screened_head(self) -> ScreenedHead:
+        """The best tokens, exactly, from weights of 8 bits."""
+        return ScreenedHead(self.weight_VD, self.bias_V, self.threads, self.product)
+
+    def closed_head(self, tokens: Sequence[int]) -> Head:
+        """Return a head for these tokens: it scores their rows alone, in float32, and bars all others."""
+        weight_VD, vocabulary = self.weight_VD[list(tokens)], len(self.weight_VD)
+        bias_V = None if self.bias_V is None else self.bias_V[list(tokens)]
+
+        def head(h_RD: Array) -> Array:
+            logits_RV = np.full((len(h_RD), vocabulary), -np.inf, np.float32)
+            logits_RV[:, list(tokens)] = h_RD @ weight_VD.T + (0 if bias_V is None else bias_V)
+            return logits_RV
+
+        return head

@@ -1,0 +1,1 @@
+"""A bundle of graphs that answers without torch: onnxruntime, numpy, tokenizers and Pillow are all it needs."""

@@ -1,0 +1,67 @@
+"""The decoder of a bundle of graphs: its sessions, and what lies outside its layers."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from lightning_mue.inference.array_signals import log_odds_of_two, sigmoid
+from lightning_mue.inference.session import DecoderSessions, Head, LayerSessions
+from lightning_mue.portable.files import GraphFiles
+
+Array = np.ndarray
+
+
+def decoder_sessions(files: GraphFiles) -> DecoderSessions:
+    """Return all layers of the decoder and its head, running."""
+    facts, session = files.facts["decoder"], files.session
+
+    def head() -> Head:
+        return lambda h_RD: session("decoder/head")(h_RD)[0]
+
+    layers = [
+        LayerSessions(*(session(f"decoder/{k}/{piece}") for piece in ("before", "between", "after", "memory")))
+        for k in range(1, facts["layers"] + 1)
+    ]
+    bias_V = files.array("head_bias") if "head_bias" in files.facts["arrays"] else None
+    how = (facts["heads"], facts["max_positions"], files.facts["precision"], files.threads)
+    return DecoderSessions(layers, *how, files.array("head_weight"), bias_V, head, files.graph("decoder/product"))
+
+
+class GraphsOutside:
+    """What of a decoder lies outside its layers and its head, as graphs (an ``Outside``).
+
+    Args:
+        files: of the bundle.
+        sessions: the decoder's.
+    """
+
+    def __init__(self, files: GraphFiles, sessions: DecoderSessions) -> None:
+        self._files, self._sessions = files, sessions
+
+    def embed(self, ids_Rm: Array, first: int) -> Array:
+        """Return the states that enter layer 1."""
+        return self._files.session("decoder/embed")(ids_Rm, np.arange(first, first + ids_Rm.shape[1]))[0]
+
+    def branch(self, layer: int, h_RD: Array) -> Array:
+        """Return what the head reads of an exit's states."""
+        name = f"decoder/{layer}/branch"
+        return self._files.session(name)(h_RD)[0] if name in self._files else h_RD
+
+    def gate(self, layer: int, h_RD: Array) -> Array:
+        """Return an exit's gate scores."""
+        gate = self._files.session(f"decoder/{layer}/gate")
+        if self._shortlist_head is None:
+            return sigmoid(gate(h_RD)[0])
+        return sigmoid(gate(h_RD, log_odds_of_two(self._shortlist_head(self.branch(layer, h_RD))))[0])
+
+    @cached_property
+    def _shortlist_head(self) -> Head | None:
+        """Return what maps normed states to the logits of the tokens over which gates see how sure an exit is."""
+        if (shortlist := self._files.facts["decoder"]["shortlist"]) is None:
+            return None
+        weight_DS = np.ascontiguousarray(self._sessions.weight_VD[shortlist].T)
+        bias = self._sessions.bias_V
+        bias_S = np.zeros(len(shortlist), np.float32) if bias is None else bias[shortlist]
+        return lambda h_RD: h_RD @ weight_DS + bias_S

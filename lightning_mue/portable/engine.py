@@ -1,0 +1,215 @@
+"""PortableEngine: a bundle of graphs, ready to answer with onnxruntime, numpy, tokenizers and Pillow alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lightning_mue.inference.answers import calibrated_answers
+from lightning_mue.inference.beam_schedule import decode_beams
+from lightning_mue.inference.beams import BeamSettings, beam_settings
+from lightning_mue.inference.drafting import LONGEST, DraftLength, measure_cost
+from lightning_mue.inference.ort_executor import OrtExecutor
+from lightning_mue.inference.output import ExitOutput, joined
+from lightning_mue.inference.request import by_group, check_inputs, check_texts, decoder_exits, longest_answer
+from lightning_mue.inference.rows import PrefixFn, asked_once, constraint_of, of_beams, rows_of
+from lightning_mue.inference.schedule import DecodeRecord, decode
+from lightning_mue.inference.stopwatch import Stopwatch
+from lightning_mue.policy import ExitPolicy
+from lightning_mue.portable.decoder import GraphsOutside, decoder_sessions
+from lightning_mue.portable.encode import Encoded, encode
+from lightning_mue.portable.files import GraphFiles
+from lightning_mue.portable.names import POLICY, PROCESSOR
+from lightning_mue.portable.processor import PortableProcessor
+from lightning_mue.portable.token_rules import token_rules
+from lightning_mue.prompt import read_prompts
+
+Array = np.ndarray
+
+
+class PortableEngine:
+    """Generates as `ExitEngine` does, from arrays to arrays; the policy is the bundle's.
+
+    Args:
+        folder: of a bundle that ``freeze(..., runtime="onnxruntime")`` wrote; its files have been checked.
+        threads: of one call; as many as this process may use if not given.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(self, folder: str | os.PathLike[str], threads: int | None = None) -> None:
+        self.files = GraphFiles(Path(folder), threads)
+        self.policy = ExitPolicy.load(Path(folder, POLICY))
+        self.processor = PortableProcessor(Path(folder, PROCESSOR), self.files.facts["tasks"])
+        self._decoder = decoder_sessions(self.files)
+        self._outside = GraphsOutside(self.files, self._decoder)
+        self._drafting: dict[int, DraftLength] = {}
+
+    def generate(
+        self,
+        max_new_tokens: int | None = None,
+        prefix_allowed_tokens_fn: PrefixFn | None = None,
+        timings: bool = False,
+        groups: Sequence[str] | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        **inputs: Any,
+    ) -> ExitOutput:
+        """Answer a batch; every row leaves every stream at its own layer.
+
+        Args:
+            max_new_tokens: at most; if not given, as certified, else as the generation config says.
+            prefix_allowed_tokens_fn: a constraint on the next token; it is shown a row, and the start token and the
+                answer so far as an array.
+            timings: measure the parts.
+            groups: the group of each row, for a policy that promises by group; others than its own run at full depth.
+            num_beams: more than one searches with beams, which leave one by one; certificates are of one.
+            length_penalty: of beams, as of transformers.
+            early_stopping: of beams, as of transformers.
+            **inputs: arrays: ``pixel_values``, ``input_ids``, ``attention_mask`` (all ones if not given), and
+                ``decoder_prompt [B, P]``, padded with -100 on the right. Others are ignored.
+
+        Returns:
+            The output, its tensors as arrays.
+
+        Raises:
+            ValueError: arrays that do not fit the bundle's graphs.
+        """
+        check_inputs(inputs)
+        given, plain = self._given(inputs), replace(self.policy, groups=None)
+        how = (max_new_tokens, timings, beam_settings(num_beams, length_penalty, early_stopping))
+        if self.policy.groups is None:
+            return self._run(plain, prefix_allowed_tokens_fn, given, *how)
+        size, rows, others = by_group(self.policy, groups, given, [*given])
+        parts = []
+        for policy, mine in ((plain, rows), (ExitPolicy(certificate=self.policy.certificate), others)):
+            if mine:
+                allowed = constraint_of(prefix_allowed_tokens_fn, mine)
+                parts.append((mine, self._run(policy, allowed, rows_of(given, [*given], mine), *how)))
+        return joined(parts, size, self.files.facts["decode"]["pad_id"])
+
+    def answer(
+        self,
+        images: Sequence[Any],
+        prompts: Sequence[str],
+        max_new_tokens: int | None = None,
+        decoder_prompts: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Answer one prompt for each picture, as text; only with the answers that calibration allowed, if it did.
+
+        Args:
+            images: PIL pictures.
+            prompts: as many texts.
+            max_new_tokens: at most; the generation config's (or 20) if not given.
+            decoder_prompts: as many texts that the decoder reads before it answers.
+            groups: as many names, as in ``generate``.
+
+        Raises:
+            ValueError: the numbers of pictures and of prompts of either kind differ.
+        """
+        check_texts(images, prompts=prompts, decoder_prompts=decoder_prompts)
+        inputs: dict[str, Any] = self.processor(images, prompts)
+        if decoder_prompts is not None:
+            inputs["decoder_prompt"] = self.processor.decoder_prompts(decoder_prompts)
+        allowed = calibrated_answers(self.policy, self.processor, self.files.facts["decode"]["end_ids"][0])
+        out = self.generate(max_new_tokens, allowed, groups=groups, **inputs)
+        return self.processor.decode(np.asarray(out.sequences))
+
+    def _run(
+        self,
+        policy: ExitPolicy,
+        allowed: PrefixFn | None,
+        inputs: dict[str, Array],
+        max_new_tokens: int | None,
+        timings: bool,
+        beams: BeamSettings | None,
+    ) -> ExitOutput:
+        settings, watch = self.files.facts["decode"], Stopwatch(None, timings)
+        asked = longest_answer(policy, max_new_tokens)
+        steps = settings["max_new_tokens"] if asked is None else asked
+        if steps < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {steps}")
+        closed, allowed = getattr(allowed, "tokens", None), None if allowed is None else asked_once(allowed)
+        with watch.part("total"):
+            encoded = encode(self.files, inputs, policy.rules, watch)
+            prompts = read_prompts(inputs, len(encoded.memory_BSD), settings["start_id"])
+            make = partial(OrtExecutor, self._decoder, self._outside, encoded.memory_BSD, encoded.bias_BS)
+            count = 1 if beams is None else beams.num_beams
+            rules = token_rules(
+                settings, steps, of_beams(allowed, count), [prompt for prompt in prompts for _ in range(count)]
+            )
+            executor = make(max(map(len, prompts)) - 1 + steps, rules, watch, count, closed)
+            drafting = self._draft_length(policy, len(prompts), make) if policy.verified else None
+            how = (executor, decoder_exits(policy, steps, None, drafting), prompts, settings["end_ids"], steps)
+            record = decode(*how) if beams is None else decode_beams(*how, beams)
+        return _output(encoded, record, settings, prompts, watch)
+
+    def _draft_length(self, policy: ExitPolicy, rows: int, make: Callable[..., OrtExecutor]) -> DraftLength:
+        """Return what has been learnt of drafts in batches of this size; what steps cost is measured the first time."""
+        if rows not in self._drafting:
+            cost, layers = measure_cost(make(LONGEST, (), Stopwatch(None, False)), rows), len(self._decoder.layers)
+            depth = min(policy.rules["decoder"].reachable, default=layers)
+            self._drafting[rows] = DraftLength(layers, depth, cost)
+        return self._drafting[rows]
+
+    def _given(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        """Return what the graphs read of the inputs, as they want it."""
+        ids_BS = np.asarray(inputs["input_ids"], np.int64)
+        facts, counts = self.files.facts["inputs"], (ids_BS == self.processor.image_token_id).sum(1)
+        mask = inputs.get("attention_mask")
+        mask_BS = np.ones_like(ids_BS) if mask is None else np.asarray(mask, np.int64)
+        pixels = np.asarray(inputs["pixel_values"], np.float32)
+        found: dict[str, Array] = {"pixel_values": pixels, "input_ids": ids_BS, "attention_mask": mask_BS}
+        if inputs.get("decoder_prompt") is not None:
+            found["decoder_prompt"] = np.asarray(inputs["decoder_prompt"], np.int64)
+        if list(pixels.shape[1:]) != facts["picture"]:
+            raise ValueError(
+                f"`pixel_values` must be [B, {', '.join(map(str, facts['picture']))}], the size that was frozen; got "
+                f"{list(pixels.shape)}"
+            )
+        if (counts != facts["image_tokens"]).any() or ids_BS.shape[1] <= facts["image_tokens"]:
+            raise ValueError(
+                f"Every row of `input_ids` must hold {facts['image_tokens']} image tokens, and text; got "
+                f"{counts.tolist()} of {ids_BS.shape[1]}"
+            )
+        if ids_BS.shape[1] > facts["most_tokens"]:
+            raise ValueError(
+                f"The prompt has {ids_BS.shape[1]} tokens, image tokens included; the encoder takes "
+                f"{facts['most_tokens']}"
+            )
+        return found
+
+
+def _output(
+    encoded: Encoded,
+    record: DecodeRecord,
+    settings: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    watch: Stopwatch,
+) -> ExitOutput:
+    longest = max(map(len, record.tokens))
+    sequence_BT = np.full((len(prompts), 1 + longest), settings["pad_id"])
+    sequence_BT[:, 0] = settings["start_id"]
+    depth_BT = np.zeros((len(prompts), longest), np.int64)
+    for row, (tokens, depths) in enumerate(zip(record.tokens, record.depths, strict=True)):
+        sequence_BT[row, 1 : 1 + len(tokens)], depth_BT[row, : len(depths)] = tokens, depths
+    found: Any = (
+        sequence_BT,
+        encoded.depths | {"decoder": depth_BT},
+        encoded.layer_runs | {"decoder": record.layer_runs},
+        np.array([len(prompt) - 1 for prompt in prompts]),
+        record.pairs,
+        record.filled,
+        watch.ms,
+        record.drafted,
+        record.agreed,
+    )
+    return ExitOutput(*found)

@@ -1,0 +1,79 @@
+"""A bundle's graphs and weights on disk, read without torch: sessions by name, arrays by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_mue.inference.session import Session
+from lightning_mue.portable.names import GRAPH_FOLDER, GRAPH_WEIGHTS, GRAPHS
+
+SCHEMA = 1
+_TYPES = {"F32": np.float32, "I8": np.int8, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
+"""What safetensors calls a type; graphs hold no others."""
+
+Array = np.ndarray
+
+
+class GraphFiles:
+    """The graphs of a bundle. Weights lie there once, and stay on disk until a session reads them.
+
+    Args:
+        folder: of the bundle; its files are taken to be those that were written.
+        threads: of one call; as many as this process may use if not given.
+
+    Attributes:
+        facts: what ``graphs.json`` says of the model.
+
+    Raises:
+        ValueError: graphs of another schema.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        self.facts: dict[str, Any] = json.loads((folder / GRAPHS).read_text(encoding="utf-8"))
+        if (found := self.facts.get("schema")) != SCHEMA:
+            raise ValueError(f"{folder / GRAPHS} must be of schema {SCHEMA}, got {found!r}; freeze the model again.")
+        self.threads = threads or _cores()
+        self._folder, self._graphs = folder / GRAPH_FOLDER, self.facts["graphs"]
+        self._arrays = _read_safetensors(folder / GRAPH_WEIGHTS)
+        self.session = cache(self._session)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a graph of this name; what changes nothing has none."""
+        return name in self._graphs
+
+    def graph(self, name: str) -> bytes:
+        """Return a graph without its weights."""
+        return (self._folder / self._graphs[name]["file"]).read_bytes()
+
+    def array(self, name: str) -> Array:
+        """Return an array of those that no graph holds."""
+        return self._arrays[self.facts["arrays"][name]]
+
+    def _session(self, name: str) -> Session:
+        weights = {place: self._arrays[which] for place, which in self._graphs[name]["weights"].items()}
+        return Session(self.graph(name), self.threads, weights)
+
+
+def _cores() -> int:
+    if asked := os.environ.get("OMP_NUM_THREADS"):
+        return int(asked.partition(",")[0])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read_safetensors(path: Path) -> dict[str, Array]:
+    """Return name -> array; nothing is read yet but the names."""
+    data = np.memmap(path, np.uint8, "r")
+    start = 8 + int(data[:8].view("<u8")[0])
+    arrays = {}
+    for name, entry in json.loads(data[8:start].tobytes()).items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            flat = np.frombuffer(data[start + first : start + last], _TYPES[entry["dtype"]])
+            arrays[name] = flat.reshape(entry["shape"])
+    return arrays

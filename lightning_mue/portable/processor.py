@@ -1,0 +1,90 @@
+"""Pictures and prompts in, arrays out, and back to text: a saved Florence-2 processor without transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from lightning_mue.portable.pictures import Pictures
+
+Array = np.ndarray
+IGNORE = -100
+"""Fills up rows of decoder prompts and of labels."""
+
+
+class PortableProcessor:
+    """Does what `lightning_mue.backbones.processor.Processor` does for inference, with arrays.
+
+    Args:
+        folder: written by that one's ``save``.
+        tasks: task token -> the prompt that it stands for; ``{input}`` in it is the rest of the text.
+
+    Raises:
+        ValueError: a processor, or a setting of one, that this does not do.
+    """
+
+    def __init__(self, folder: Path, tasks: Mapping[str, str]) -> None:
+        settings, words = (_read(folder / name) for name in ("processor_config.json", "tokenizer_config.json"))
+        if (found := settings.get("processor_class")) != "Florence2Processor":
+            raise ValueError(f"Prompts without transformers are laid out as by 'Florence2Processor', got {found!r}")
+        self.pictures, self._tasks = Pictures(settings["image_processor"]), tasks
+        self.image_tokens: int = settings["image_processor"]["image_seq_length"]
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._frame = words["image_token"] * self.image_tokens + words["bos_token"], words["eos_token"]
+        ids = self._tokenizer.get_vocab()
+        self._pad, self._end, self.image_token_id = (
+            ids[words[name]] for name in ("pad_token", "eos_token", "image_token")
+        )
+
+    def __call__(self, images: Sequence[Image.Image], text: Sequence[str]) -> dict[str, Array]:
+        """Return ``pixel_values [B, 3, H, W]``, ``input_ids [B, S]`` and ``attention_mask [B, S]``."""
+        before, after = self._frame
+        rows = self._ids([before + self._asked(prompt) + after for prompt in text])
+        mask_BS = _padded([[1] * len(row) for row in rows], 0)
+        return {"pixel_values": self.pictures(images), "input_ids": _padded(rows, self._pad), "attention_mask": mask_BS}
+
+    def labels(self, text: Sequence[str]) -> Array:
+        """Return the token ids of answers, each ended by the end token and padded with -100: ``[B, T]``."""
+        rows = self._ids(text, special=True)
+        return _padded([row if row[-1:] == [self._end] else [*row, self._end] for row in rows], IGNORE)
+
+    def decoder_prompts(self, text: Sequence[str]) -> Array:
+        """Return the token ids of decoder prompts, without start and end tokens, padded with -100: ``[B, P]``."""
+        return _padded(self._ids(text), IGNORE)
+
+    def decode(self, sequences: Array) -> list[str]:
+        """Return the texts of token ids ``[B, T]`` without special tokens."""
+        return [text.strip() for text in self._tokenizer.decode_batch(sequences.clip(min=0).tolist())]
+
+    def _ids(self, text: Sequence[str], special: bool = False) -> list[list[int]]:
+        return [found.ids for found in self._tokenizer.encode_batch(list(text), add_special_tokens=special)]
+
+    def _asked(self, prompt: str) -> str:
+        """Return the prompt that a task token stands for; other texts stay as they are."""
+        for task, asked in self._tasks.items():
+            if task in prompt:
+                rest = prompt.replace(task, "").strip()
+                if "{input}" not in asked and prompt != task:
+                    raise ValueError(f"{task} must be all of the prompt, got {prompt!r}")
+                return asked.format(input=rest)
+        return prompt
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> Array:
+    padded_BT = np.full((len(rows), max(map(len, rows))), fill, np.int64)
+    for padded_T, row in zip(padded_BT, rows, strict=True):
+        padded_T[: len(row)] = row
+    return padded_BT
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

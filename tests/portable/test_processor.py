@@ -1,0 +1,128 @@
+"""Pictures and texts without transformers: to the bit what its processor makes of them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import InterpolationMode
+from torchvision.transforms.v2.functional import resize as resize_tensor
+
+from lightning_mue.backbones.processor import Processor, build_processor
+from lightning_mue.data.tokenizer import train_tokenizer
+from lightning_mue.portable.pictures import Pictures, resize
+from lightning_mue.portable.processor import PortableProcessor
+
+TEXTS = ["what is this?", "<OCR>", "<REGION_TO_OCR> the red one", "  two  spaces, é ü 世 ", ""]
+SIZES = [(64, 96), (48, 48), (200, 333), (31, 17), (1, 1), (768, 5)]
+
+
+def picture(height, width, mode="RGB"):
+    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["what is this?", "a red square left of it"], 300)
+
+
+@pytest.fixture(scope="module", params=["stretched", "padded"])
+def both(request, tokenizer, tmp_path_factory):
+    theirs = build_processor(tokenizer, (64, 96), 5, keep_aspect=request.param == "padded")
+    folder = tmp_path_factory.mktemp("processor")
+    theirs.save(folder)
+    return theirs, PortableProcessor(folder, theirs.tasks)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1"])
+def test_pictures(both, mode):
+    theirs, ours = both
+    images = [picture(height, width, mode) for height, width in SIZES[:5]]
+    expected = theirs(images, ["a"] * len(images))["pixel_values"].numpy()
+    found = ours.pictures(images)
+    assert found.dtype == expected.dtype
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", SIZES)
+def test_resizing_is_that_of_torchvision(kind, size):
+    pixels = np.asarray(picture(*size))
+    for height, width in ((64, 96), (224, 224), size, (7, size[1])):
+        given = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        expected = resize_tensor(given, [height, width], interpolation=InterpolationMode(kind), antialias=True)
+        assert np.array_equal(resize(pixels, height, width, kind), expected.permute(1, 2, 0).numpy())
+
+
+def test_texts(both):
+    theirs, ours = both
+    images = [picture(8, 8)] * len(TEXTS)
+    expected, found = theirs(images, TEXTS), ours(images, TEXTS)
+    for name in ("input_ids", "attention_mask"):
+        assert found[name].tolist() == expected[name].tolist()
+    assert ours.labels(TEXTS).tolist() == theirs.labels(TEXTS).tolist()
+    assert ours.decoder_prompts(TEXTS).tolist() == theirs.decoder_prompts(TEXTS).tolist()
+    ids = torch.randint(-1, len(theirs.tokenizer), (40, 7))
+    assert ours.decode(ids.numpy()) == theirs.decode(ids)
+    for processor in both:
+        with pytest.raises(ValueError, match=r"<OCR>"):
+            processor(images[:1], ["<OCR> and more"])
+
+
+@pytest.mark.parametrize("frame", [("<s>", "</s>"), ("", "")])
+def test_a_tokenizer_that_frames_labels(frame, tokenizer, tmp_path):
+    """BART's answers begin with a token of their own; prompts are framed by the processor alone."""
+    described, names = json.loads(tokenizer), [{"SpecialToken": {"id": word, "type_id": 0}} for word in frame if word]
+    single = [names[0], {"Sequence": {"id": "A", "type_id": 0}}, names[1]] if names else None
+    if single:
+        special = {word: {"id": word, "ids": [i], "tokens": [word]} for i, word in ((1, "<s>"), (2, "</s>"))}
+        described["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": single,
+            "special_tokens": special,
+        }
+    theirs = build_processor(json.dumps(described), 64, 5)
+    theirs.save(tmp_path)
+    ours = PortableProcessor(tmp_path, theirs.tasks)
+    assert ours.labels(TEXTS).tolist() == theirs.labels(TEXTS).tolist()
+    assert ours.decoder_prompts(TEXTS).tolist() == theirs.decoder_prompts(TEXTS).tolist()
+    images = [picture(8, 8)] * len(TEXTS)
+    assert ours(images, TEXTS)["input_ids"].tolist() == theirs(images, TEXTS)["input_ids"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"image_processor_type": "ViTImageProcessor"}, r"read as \['CLIP.*'ViTImageProcessor'"),
+        ({"size": {"shortest_edge": 224}}, r"resized to a height and a width .*\{'shortest_edge': 224\}"),
+        ({"do_resize": False}, "must be resized"),
+        ({"size": {"max_height": 8, "max_width": 8}}, "must be padded to one `pad_size`"),
+        ({"do_center_crop": True}, "are not cropped"),
+        ({"resample": 1}, "`resample` must be one of"),
+    ],
+)
+def test_other_settings_are_refused(changed, message, tokenizer, tmp_path):
+    build_processor(tokenizer, 64, 5).save(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    Pictures(settings)
+    with pytest.raises(ValueError, match=message):
+        Pictures(settings | changed)
+
+
+def test_other_processors_are_refused(tokenizer, tmp_path):
+    theirs: Processor = build_processor(tokenizer, 64, 5)
+    theirs.save(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(path.read_text().replace("Florence2Processor", "DonutProcessor"))
+    with pytest.raises(ValueError, match="laid out as by 'Florence2Processor', got 'DonutProcessor'"):
+        PortableProcessor(tmp_path, {})
+
+
+def test_a_picture_without_width_is_refused(tokenizer, tmp_path):
+    theirs = build_processor(tokenizer, 64, 5, keep_aspect=True)
+    theirs.save(tmp_path)
+    with pytest.raises(ValueError, match="500 x 3 pixels is too narrow for"):
+        PortableProcessor(tmp_path, {}).pictures([picture(500, 3)])
