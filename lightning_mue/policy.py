@@ -39,7 +39,7 @@ means to do; as released it leaves holes)."""
 
 
 PRECISIONS = (None, "bfloat16", "float16", "int8", "int8_rows")
-"""``int8_rows``: a row's answer does not depend, to the last bit, on the rows beside it; ``int8`` is a little faster."""
+"""``int8_rows``: a row's answer does not depend, to the last bit, on the rows beside it; ``int8`` is faster."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class ExitPolicy:
             raise ValueError(f"`precision` must be one of {list(PRECISIONS)}, got {self.precision!r}")
         if self.verified and ([*self.rules] != ["decoder"] or self.kv_fill != "just-in-time"):
             raise ValueError(
-                "`verified` settles what leaves the decoder: it needs a rule for 'decoder', none for other streams, and "
+                "`verified` settles what leaves the decoder: it needs a rule for 'decoder', no others, and "
                 f"K/V 'just-in-time'; got rules for {[*self.rules]} and {self.kv_fill!r}. See `ExitPolicy.as_drafts`."
             )
         for stream, rule in self.rules.items():

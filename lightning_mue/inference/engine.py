@@ -160,6 +160,7 @@ class ExitEngine:
         if self.policy.groups is not None:
             raise ValueError(f"The policy leaves early for the groups {list(self.policy.groups)} alone: use `generate`")
         inputs = self._given(inputs)
+        closed = getattr(prefix_fn, "tokens", None)
         prefix_fn = asked_once(prefix_fn) if prefix_fn is not None else None
         settings = self.backbone.decode_settings(longest_answer(self.policy, max_new_tokens))
         watch = Stopwatch(next(self.model.parameters()).device, timings)
@@ -177,6 +178,7 @@ class ExitEngine:
                 self.backbone.token_processors(settings, allowed, rows),
                 watch,
                 beams=len(rows) // len(prompts),
+                closed=closed,
             )
             drafting = self._draft_length(*given) if self.policy.verified else None
             exits = decoder_exits(self.policy, settings.max_new_tokens, forced, drafting)

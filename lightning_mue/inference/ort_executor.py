@@ -211,7 +211,7 @@ class OrtExecutor:
         def process(asked_R: Array, scores_RV: Array) -> Array:
             return self._process(scores_RV, row_R[asked_R], position_R[asked_R])
 
-        return self._sessions.screened_head.argmax(h_RD, process if self._processors else None)
+        return self._sessions.greedy_head.argmax(h_RD, process if self._processors else None)
 
     def _branch(self, layer: int, row_R: Array, position_R: Array) -> Array:
         return self._outside.branch(layer, self.states[layer][self._where(row_R, position_R)])

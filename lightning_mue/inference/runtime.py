@@ -97,7 +97,7 @@ def _is_plain(backbone: Backbone) -> bool:
 
 
 def _fastest(backbone: Backbone, precision: str | None) -> Runtime:
-    """Return the runtime that takes a step of one row through all layers sooner; each stream before it chooses alone."""
+    """Return the runtime that takes a step of one row through all layers sooner; each other stream chooses alone."""
     able = [name for name, precisions in RUNTIMES.items() if precision in precisions]
     if able != list(RUNTIMES):
         return make_runtime(able[0], backbone, precision)

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from lightning_mue.inference.screened_head import ScreenedHead
+from lightning_mue.inference.small_head import MOST_WEIGHTS, SmallHead
 
 Array = np.ndarray
 Head = Callable[[Array], Array]
@@ -21,7 +22,7 @@ class Session:
     Args:
         graph: its bytes.
         threads: of one call.
-        weights: by name, where the graph has places for them and not the numbers; shared, not copied.
+        weights: by name, where the graph has places for them and not the numbers.
     """
 
     def __init__(self, graph: bytes, threads: int, weights: Mapping[str, Array] | None = None) -> None:
@@ -90,8 +91,10 @@ class DecoderSessions:
         return self.make_head()
 
     @cached_property
-    def screened_head(self) -> ScreenedHead:
-        """The best tokens, exactly, from weights of 8 bits."""
+    def greedy_head(self) -> ScreenedHead | SmallHead:
+        """The best tokens, exactly; where there are many, from weights of 8 bits."""
+        if self.weight_VD.size <= MOST_WEIGHTS:
+            return SmallHead(self.weight_VD, self.bias_V)
         return ScreenedHead(self.weight_VD, self.bias_V, self.threads, self.product)
 
     def closed_head(self, tokens: Sequence[int]) -> Head:

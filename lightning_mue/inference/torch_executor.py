@@ -36,6 +36,7 @@ class TorchExecutor:
         processors: applied to logits before the arg-max and before logit signals.
         stopwatch: where the time of each part goes.
         beams: so many rows, one after the other, read the same memory.
+        closed: the only tokens that ``processors`` ever leave, where they are known; None: any.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class TorchExecutor:
         processors: Sequence[TokenProcessor],
         stopwatch: Stopwatch,
         beams: int = 1,
+        closed: Sequence[int] | None = None,
     ) -> None:
         decoder = self._decoder = backbone.decoder
         if positions > decoder.max_positions:
@@ -60,6 +62,7 @@ class TorchExecutor:
         self.num_layers = decoder.num_layers
         self.batch, self._beams = memory_BSD.shape[0] * beams, beams
         self._owner_RT: Tensor | None = None
+        self._closed = None if closed is None else torch.tensor(closed, device=memory_BSD.device)
         new = memory_BSD.new_empty
         kv_shape = (decoder.num_layers + 1, self.batch, decoder.num_heads, positions, decoder.head_dim)
         self._keys, self._values = new(kv_shape), new(kv_shape)
@@ -159,8 +162,17 @@ class TorchExecutor:
         return self._process(self._head(h_RD), index, position)
 
     def _head(self, h_RD: Tensor) -> Tensor:
-        """Return the logits of exit branches, ``[R, V]``."""
-        return self._decoder.head(self._decoder.norm(h_RD))
+        """Return the logits of exit branches, ``[R, V]``; of a few tokens only their own rows are scored."""
+        if self._closed is None:
+            return self._decoder.head(self._decoder.norm(h_RD))
+        logits_RV = h_RD.new_full((len(h_RD), self._decoder.vocab_size), -torch.inf)
+        logits_RV[:, self._closed] = self._closed_head(self._decoder.norm(h_RD))
+        return logits_RV
+
+    @cached_property
+    def _closed_head(self) -> Callable[[Tensor], Tensor]:
+        assert self._closed is not None
+        return self._decoder.head_rows(self._closed)
 
     def choose(self, exits: Mapping[int, Sequence[Place]]) -> dict[Place, int]:
         """Arg-max tokens; exits whose logits the signal computed already cost nothing more."""
@@ -184,7 +196,7 @@ class TorchExecutor:
         with self._watch.part("head"):
             places = [place for group in exits.values() for place in group]
             h_RD = torch.cat([self._branch(k, *self._at(group)) for k, group in exits.items()])
-            log_probs_RV = self._head(h_RD).float().log_softmax(-1)
+            log_probs_RV = self._decoder.head(self._decoder.norm(h_RD)).float().log_softmax(-1)  # over all tokens
             return self._process(log_probs_RV, *self._at(places)).cpu().numpy()
 
     def _best(self, h_RD: Tensor, index: Index, position: Position) -> list[int]:

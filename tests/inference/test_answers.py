@@ -61,3 +61,18 @@ def test_a_policy_certified_on_closed_answers_gives_no_others():
     promise = certificate(decode={"answers": ["11", "23", "42"]})
     engine = ExitEngine(model, ExitPolicy(certificate=promise), processor=_Words(tensors))
     assert set(engine.answer([None] * 5, [""] * 5)) <= {"11", "23", "42"}
+
+
+@pytest.mark.parametrize("name", list(zoo.BACKBONES))
+@pytest.mark.parametrize("beams", [1, 3])
+def test_only_rows_of_the_answers_are_scored(name, beams, monkeypatch):
+    model, tensors, answers = zoo.shared(name), zoo.inputs(name, 4), [[11], [23, 42], [23, 5, 6], [77]]
+    allowed = only_answers(answers, zoo.END)
+    expected = reference.generate(model, tensors, num_beams=beams, prefix_allowed_tokens_fn=allowed)
+    engine, asked = ExitEngine(model, ExitPolicy.full_depth(), runtime="torch"), []
+    head = type(engine.backbone.decoder).head
+    monkeypatch.setattr(type(engine.backbone.decoder), "head", lambda *given: asked.append(given) or head(*given))
+    found = engine.generate(**tensors, prefix_allowed_tokens_fn=allowed, num_beams=beams).sequences
+    ends = [(row == zoo.END).nonzero()[0, 0] + 1 for row in expected]
+    assert all(torch.equal(a[:end], b[:end]) for a, b, end in zip(found, expected, ends, strict=True))
+    assert bool(asked) == (beams > 1)  # probabilities of beams are over all tokens

@@ -51,7 +51,7 @@ def test_8_bits_by_row_do_not_depend_on_the_batch(name):
         for row in range(4):
             one = {key: tensor[row : row + 1] for key, tensor in tensors.items()}
             alone, by_itself = engine.run(STEPS, None, False, one, forced=depths[row : row + 1])
-            reached = np.minimum(out.exit_depths["decoder"][row, :6].numpy(), alone.exit_depths["decoder"][0, :6].numpy())
+            reached = np.minimum(out.exit_depths["decoder"][row, :6], alone.exit_depths["decoder"][0, :6]).tolist()
             for position, depth in enumerate(reached):
                 mine, single = executor.states[: depth + 1, row, position], by_itself.states[: depth + 1, 0, position]
                 differences += int((mine != single).sum())

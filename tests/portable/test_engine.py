@@ -93,7 +93,7 @@ def test_closed_answers_score_their_own_rows_alone(frozen, signal, monkeypatch):
     full = ExitEngine(frozen.model, policy).generate(STEPS, allowed, **tensors)
     engine = frozen.engine
     engine.policy = policy
-    for head in ("head", "screened_head"):
+    for head in ("head", "greedy_head"):
         monkeypatch.setattr(type(engine._decoder), head, property(lambda _: pytest.fail("all tokens were scored")))
     assert_same(full, engine.generate(STEPS, allowed, **{name: t.numpy() for name, t in tensors.items()}))
 
