@@ -25,6 +25,7 @@ from decode_case import Case, Shape
 from decode_limits import ideal_rows, limit_rows, machines
 from decode_lines import ALIKE, BASELINE, COMPILED, LINES
 from decode_measure import Measured, measure
+from decode_predicted import predictions
 from rich.progress import Progress
 from targets import device, note, today
 
@@ -50,6 +51,8 @@ COLUMNS = (
     "pairs",
     "K/V MB",
     "memory K/V MB",
+    "predicted ms",
+    "predicted / measured",
 )
 
 
@@ -112,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = read_shape(args.shape)
     found: dict[int, dict[str, Measured]] = {}
     notes: dict[int, dict[str, str]] = {}
+    predicted: dict[int, dict[str, float]] = {}
     lines = {**LINES, **(COMPILED if args.compiled else {})}
     with Progress() as bars:
         bar = bars.add_task("decodes", total=sum(len(lines) * (1 + repeats) for repeats in args.repeats))
@@ -120,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             case = Case(shape, batch, clock, args.seed)  # its models are forgotten before the next one's are made
             found[batch] = measure(case, lines, repeats, lambda: bars.advance(bar))
             found[batch] |= ideal_rows(case, found[batch]) | limit_rows(case, machines(case))
-            notes[batch] = case.notes
-    text = report(args, shape, found, notes)
+            notes[batch], predicted[batch] = case.notes, predictions(case, lines)
+    text = report(args, shape, found, notes, predicted)
     threads = "" if args.threads == 1 else f"_{args.threads}_threads"
     target = Path(args.out) / f"decode_{args.shape}{threads}_{today()}.md"
     write_text(target, text)
@@ -173,6 +177,7 @@ def report(
     shape: Shape,
     found: Mapping[int, Mapping[str, Measured]],
     notes: Mapping[int, Mapping[str, str]],
+    predicted: Mapping[int, Mapping[str, float]],
 ) -> str:
     """Return the page."""
     clock = "CPU time of the process" if args.threads == 1 else "wall clock"
@@ -194,30 +199,33 @@ def report(
         "ideal: own full depth with the layers' time cut to the ragged depths' share of pairs, nothing caught up. "
         "limit: weights and the memory's K/V read, and multiplied with, as fast as this machine was seen to do either, "
         "the head in 8 bits; nothing else. Neither is decoded. K/V: held at the end of a decode, of the answer itself "
-        "and of the memory. assisted: the assistant is the model itself, cut after half of its layers, all weights "
+        "and of the memory. predicted: by the cost model, from pieces measured one by one (batch 1). "
+        "assisted: the assistant is the model itself, cut after half of its layers, all weights "
         "shared; with random weights its drafts are hardly ever right.\n"
     )
     for (batch, of_batch), repeats in zip(found.items(), args.repeats, strict=True):
-        rows = "\n".join(_row(name, of_batch) for name in of_batch)
+        rows = "\n".join(_row(name, of_batch, predicted[batch]) for name in of_batch)
         header = f"| {' | '.join(COLUMNS)} |\n| --- |{' ---: |' * (len(COLUMNS) - 1)}"
         text += f"\n## Batch {batch}, {repeats} repeats\n\n{header}\n{rows}\n"
         text += "".join(f"\n{name}: {about}.\n" for name, about in notes[batch].items())
     return text + (f"\n## Promises\n\n{_promises(found)}" if promised(args) else "")
 
 
-def _row(name: str, found: Mapping[str, Measured]) -> str:
+def _row(name: str, found: Mapping[str, Measured], predicted: Mapping[str, float]) -> str:
     this, baseline = found[name], found[BASELINE]
     ratio = this.ms / baseline.ms
     cells = [name, spread(this.ms, 1), spread(ratio, 3), f"{np.median(1 / ratio):.2f}"]
-    cache = [f"{held / 1e6:.2f}" if held else "-" for held in this.answer.cache]
+    last = [f"{held / 1e6:.2f}" if held else "-" for held in this.answer.cache]
+    ms = predicted.get(name)
+    last += ["-", "-"] if ms is None else [f"{ms:.1f}", f"{ms / np.median(this.ms):.2f}"]
     full, depths = found.get(this.full or ""), this.answer.depths
     if full is None or depths is None:
-        return f"| {' | '.join([*cells, *['-'] * (len(COLUMNS) - len(cells) - len(cache)), *cache])} |"
+        return f"| {' | '.join([*cells, *['-'] * (len(COLUMNS) - len(cells) - len(last)), *last])} |"
     cells += [f"{np.median(baseline.ms / full.ms):.2f}", f"{np.median(full.ms / this.ms):.2f}"]
     cells += [f"{np.median(this.parts[part]):.1f}" for part in ("layers", "memory", "head")]
     tokens = sum(map(len, depths))
     cells += [spread(this.parts["layers"] / full.parts["layers"], 3), f"{sum(map(sum, depths)) / tokens:.2f}"]
-    return f"| {' | '.join([*cells, f'{this.answer.pairs / tokens:.2f}', f'{this.answer.pairs:,}', *cache])} |"
+    return f"| {' | '.join([*cells, f'{this.answer.pairs / tokens:.2f}', f'{this.answer.pairs:,}', *last])} |"
 
 
 def spread(values: np.ndarray, digits: int) -> str:

@@ -30,6 +30,10 @@ ROUNDING, ALIKE = 1e-3, 0.5
 """A token is the model's if its logit is so near the largest; in lower precision so many tokens must be."""
 
 
+ExecutorOf = Callable[[Case], Callable[..., Executor]]
+"""Case -> what makes an executor of (exits, memory, its mask, positions, processors, stopwatch)."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What one decode gave.
@@ -62,12 +66,14 @@ class Line:
         prepare: case -> what decodes once; whatever it does beforehand is not timed.
         full: name of the line that does the same at full depth; None for ``generate``.
         schedule: which of the case's depths are forced; None for ``generate``.
+        executor_of: makes what runs our engine's layers.
     """
 
     precision: str
     prepare: Callable[[Case], Callable[[], Answer]]
     full: str | None = None
     schedule: str | None = None
+    executor_of: ExecutorOf | None = None
 
 
 def generate_line(precision: str, attention: str) -> Line:
@@ -146,15 +152,11 @@ def tried(run: Callable[[], Answer]) -> Callable[[], Answer]:
     return run
 
 
-ExecutorOf = Callable[[Case], Callable[..., Executor]]
-"""Case -> what makes an executor of (exits, memory, its mask, positions, processors, stopwatch)."""
-
-
 def engine_lines(name: str, precision: str, executor_of: ExecutorOf) -> dict[str, Line]:
     """Return an executor's lines: ``<name> full``, ``<name> static`` and ``<name> ragged``."""
     return {
         f"{name} {schedule}": Line(
-            precision, partial(_prepare, executor_of, precision, schedule), f"{name} full", schedule
+            precision, partial(_prepare, executor_of, precision, schedule), f"{name} full", schedule, executor_of
         )
         for schedule in SCHEDULES
     }

@@ -85,6 +85,11 @@ def _freeze(args: Sequence[str]) -> None:
         action="store_true",
         help="also write each stream before the decoder as one ONNX file, its exits in it, for other programs",
     )
+    parser.add_argument(
+        "--verified",
+        action="store_true",
+        help="lose nothing: the decoder's exits draft, the last layer settles; other streams stay at full depth",
+    )
     found = parser.parse_args(args)
     from lightning_mue.checkpoint import load_checkpoint
     from lightning_mue.export import freeze
@@ -93,6 +98,7 @@ def _freeze(args: Sequence[str]) -> None:
 
     module, processor = load_checkpoint(found.ckpt_path)
     policy = find_policy(found.policy, found.ckpt_path)
+    policy = policy.as_drafts() if found.verified else policy
     bundle = freeze(module.model, policy, found.out, processor, runtime=found.runtime, graphs=found.graphs)
     weights, rest = bundle_size(bundle)
     print(f"{bundle}: {policy.depths_in_words()}")

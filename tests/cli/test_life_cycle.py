@@ -11,7 +11,7 @@ from lightning_mue.callbacks import obey_policy
 from lightning_mue.checkpoint import load_checkpoint
 from lightning_mue.cli import LIGHTNING, OWN
 from lightning_mue.data.shards import BadSamples, read_shards
-from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.promise import Promise
 from tests.runs import members_of, mue, policy_file, tiny_recipe
 
@@ -173,6 +173,27 @@ def test_freeze_without_a_policy_is_full_depth(fitted, capsys):
     assert "full depth" in capsys.readouterr().out
     mue("policy", "show", fitted / "bundle" / "policy.json")
     assert "no promise" in capsys.readouterr().out
+
+
+def test_a_verified_bundle_answers_as_full_depth_does(fitted, shards, tmp_path, capsys):
+    policy = ExitPolicy({"decoder": ExitRule.static(1), "vision": ExitRule.static(1)})
+    policy.save(tmp_path / "policy.json")
+    ckpt = ("--ckpt_path", fitted / "last.ckpt")
+    mue("freeze", *ckpt, "--policy", tmp_path / "policy.json", "--out", tmp_path / "early")
+    mue("freeze", *ckpt, "--policy", tmp_path / "policy.json", "--out", tmp_path / "verified", "--verified")
+    assert "decoder: static 1; drafts, settled by the last layer" in capsys.readouterr().out
+    ExitPolicy.full_depth().save(tmp_path / "full.json")
+    mue("freeze", *ckpt, "--policy", tmp_path / "full.json", "--out", tmp_path / "full")
+    pictures = [data for n, data in members_of(shards / "test-000.tar").items() if n.endswith(".png")][:6]
+    for i, data in enumerate(pictures):
+        (tmp_path / f"{i}.png").write_bytes(data)
+    images = [argument for i in range(len(pictures)) for argument in ("--image", tmp_path / f"{i}.png")]
+    answers = {}
+    capsys.readouterr()
+    for bundle in ("early", "verified", "full"):
+        mue("generate", tmp_path / bundle, *images)
+        answers[bundle] = capsys.readouterr().out
+    assert answers["verified"] == answers["full"] != answers["early"]
 
 
 def test_the_saved_recipe_of_a_run_is_one_again(fitted):
