@@ -31,6 +31,10 @@ Processor = Callable[[Array, Array, Sequence[int]], Array]
 """(ids so far ``[R, t]``, logits ``[R, V]``, the batch's row of each) -> logits."""
 
 
+_TOKENS = 512
+"""Of the memory, projected at once: what lies between the matrices and the K/V then stays in the cache."""
+
+
 class Outside(Protocol):
     """What of a decoder lies outside its layers and its head."""
 
@@ -252,15 +256,15 @@ class OrtExecutor:
         missing = [s for s in dict.fromkeys(r // self._beams for r in rows) if s not in self._projected[layer]]
         if not missing:
             return
+        at_once = max(1, _TOKENS // self._memory.shape[1])
         with self._watch.part("memory"):
-            if len(missing) == len(self._memory):
-                self._memory_kv[layer] = self.memory_rows(layer, self._memory)
-            else:
-                key, value = self.memory_rows(layer, self._memory[missing])
+            for samples in (missing[first : first + at_once] for first in range(0, len(missing), at_once)):
+                found = self.memory_rows(layer, self._memory[samples])
                 if layer not in self._memory_kv:
-                    shape = (len(self._memory), *key.shape[1:])
-                    self._memory_kv[layer] = (np.empty(shape, key.dtype), np.empty(shape, key.dtype))
-                self._memory_kv[layer][0][missing], self._memory_kv[layer][1][missing] = key, value
+                    shapes = [(len(self._memory), *kv.shape[1:]) for kv in found]
+                    self._memory_kv[layer] = np.empty(shapes[0], found[0].dtype), np.empty(shapes[1], found[1].dtype)
+                for stored_BHSd, kv in zip(self._memory_kv[layer], found, strict=True):
+                    stored_BHSd[samples] = kv
             self._projected[layer].update(missing)
 
     def memory_rows(self, layer: int, memory_RSD: Array) -> tuple[Array, Array]:
