@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning_mue.promise import Promise
 
-KINDS = ("certified", "approximate", "estimate", "uncertified", "full depth")
+KINDS = ("certified", "approximate", "estimate", "uncertified", "full depth", "verified")
 """``certified``: the promise holds with the confidence level over the draw of the calibration data. ``approximate``:
 the same of a corpus's metric, the truer the more clusters there are. ``estimate``: what too few samples for a promise
 said, with an interval. ``uncertified``: simulated only. ``full depth``: nothing passed, and the plain model keeps any
-promise."""
+promise. ``verified``: the plain model settles every token, so nothing needs a test."""
+
+VERIFIED = (
+    "Verified: what leaves the decoder early is a draft, and the last layer settles every token. The answers are "
+    "those of the full-depth model."
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,11 @@ class Certificate:
         """Return plain values."""
         return asdict(self)
 
+    def as_verified(self) -> Certificate:
+        """Return what is left of it where the plain model settles every token: the decode settings."""
+        evidence = tuple(Evidence(found.promise, found.group) for found in self.evidence)
+        return replace(self, kind="verified", evidence=evidence, note="")
+
     @property
     def promise(self) -> Promise:
         """The first promise."""
@@ -173,6 +183,7 @@ _SENTENCE = {
     "approximate": _certified,
     "estimate": _estimate,
     "full depth": lambda certificate: "No exit policy was certified: this is the full-depth model.",
+    "verified": lambda certificate: VERIFIED,
     "uncertified": lambda certificate: (
         "Uncertified: thresholds were simulated on data that also chose the checkpoint; no promise is made."
     ),

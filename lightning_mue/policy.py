@@ -10,14 +10,15 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_mue.certificate import Certificate
 from lightning_mue.files import write_text
 
-SCHEMA = 2
+SCHEMA, VERIFIED_SCHEMA = 2, 3
+"""Versions before verified mode would serve its drafts as answers."""
 
 SIGNAL_RANGES: dict[str, tuple[float, float]] = {
     "similarity": (-1.0, 1.0),
@@ -145,7 +146,7 @@ class ExitPolicy:
         if self.verified and ([*self.rules] != ["decoder"] or self.kv_fill != "just-in-time"):
             raise ValueError(
                 "`verified` settles what leaves the decoder: it needs a rule for 'decoder', no others, and "
-                f"K/V 'just-in-time'; got rules for {[*self.rules]} and {self.kv_fill!r}. See `ExitPolicy.as_drafts`."
+                f"K/V 'just-in-time'; got rules for {[*self.rules]} and {self.kv_fill!r}"
             )
         for stream, rule in self.rules.items():
             if stream != "decoder" and (rule.decay is not None or rule.from_step):
@@ -164,13 +165,19 @@ class ExitPolicy:
         return cls()
 
     def as_drafts(self) -> ExitPolicy:
-        """Return the policy that drafts with the decoder's rule and loses nothing; it needs no certificate.
+        """Return the policy that drafts with the decoder's rule and loses nothing; it decodes as was certified.
 
         Raises:
-            ValueError: there is no rule for the decoder, or its K/V are made up.
+            ValueError: there is no rule for the decoder.
         """
-        rules = {stream: rule for stream, rule in self.rules.items() if stream == "decoder"}
-        return replace(self, rules=rules, verified=True, groups=None, certificate=None)
+        if "decoder" not in self.rules:
+            raise ValueError(f"Drafts need a rule for the decoder, this policy has {[*self.rules]}; calibrate one")
+        return ExitPolicy(
+            {"decoder": self.rules["decoder"]},
+            fingerprint=self.fingerprint,
+            certificate=self.certificate and self.certificate.as_verified(),
+            verified=True,
+        )
 
     @property
     def runtime(self) -> str:
@@ -212,12 +219,11 @@ class ExitPolicy:
             for name, r in self.rules.items()
         }
         data = {
-            "schema": SCHEMA,
+            "schema": VERIFIED_SCHEMA if self.verified else SCHEMA,
             "rules": rules,
             "kv_fill": self.kv_fill,
             "backlog": self.backlog,
             "precision": self.precision,
-            "verified": self.verified,
             "groups": list(self.groups) if self.groups is not None else None,
             "fingerprint": self.fingerprint,
             "certificate": self.certificate.to_dict() if self.certificate else None,
@@ -235,7 +241,7 @@ class ExitPolicy:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{source} is not JSON: {error}") from error
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        if not isinstance(data, dict) or data.get("schema") not in (SCHEMA, VERIFIED_SCHEMA):
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"{source} must be a policy of schema {SCHEMA}, found {found!r}")
         try:
@@ -252,7 +258,7 @@ class ExitPolicy:
             certificate = Certificate.from_dict(data["certificate"]) if data.get("certificate") else None
             groups = tuple(data["groups"]) if data.get("groups") is not None else None
             how = (data["kv_fill"], data.get("backlog", 0), data.get("precision"), groups)
-            return cls(rules, *how, data["fingerprint"], certificate, data.get("verified", False))
+            return cls(rules, *how, data["fingerprint"], certificate, data["schema"] == VERIFIED_SCHEMA)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} must be a policy; an entry is missing or of another kind: {error}") from error
 

@@ -24,6 +24,12 @@ from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import ExitPolicy
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text!r}")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("bundle", help="folder made by `mue freeze`")
@@ -34,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="vqa, statement, match, caption or reading; the recipe's if not given")
     parser.add_argument("--metric", help="scores answers; the promise's if not given")
     parser.add_argument(
-        "--timed-samples", type=int, default=60, help="answered by every line in turn; quality takes all"
+        "--timed-samples", type=_positive, default=60, help="answered by every line in turn; quality takes all"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="of the timing")
-    parser.add_argument("--batch", type=int, help="time batches of this size too, beside single samples")
+    parser.add_argument("--repeats", type=_positive, default=3, help="of the timing")
+    parser.add_argument("--batch", type=_positive, help="time batches of this size too, beside single samples")
     parser.add_argument("--runtime", help="of the exits: torch, onnxruntime or auto; the policy's if not given")
-    parser.add_argument("--threads", type=int, help="of the CPU; the recipe's if not given")
+    parser.add_argument("--threads", type=_positive, help="of the CPU; the recipe's if not given")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--methods", action="store_true", help="the exit methods of the papers too, tuned alike")
     parser.add_argument("--compiled", action="store_true", help="transformers' compiled model too; takes minutes")
@@ -57,7 +63,7 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError(f"`--out` is the page, beside which the figures go as .json; got {args.out!r}")
     if (threads := args.threads or recipe.get("threads")) is not None:
         torch.set_num_threads(threads)
-    engine = load(args.bundle, args.device)
+    engine = load(args.bundle, args.device, args.runtime)
     if not isinstance(engine, ExitEngine):
         raise ValueError(f"{args.bundle} holds graphs, and no model to compare them with; give one frozen as a model")
     policy, data = engine.policy, _data(args, recipe.get("data") or {}, engine.processor)

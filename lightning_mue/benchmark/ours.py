@@ -100,7 +100,7 @@ class OurLines:
         for runtime, precisions in RUNTIMES.items():
             for precision in precisions:
                 name = self._full(runtime, precision)
-                if precision == "float16" and device.type == "cpu":
+                if precision == "float16" != self.precision and device.type == "cpu":
                     continue  # CPUs compute it through float32
                 policy = replace(self.place(ExitPolicy.full_depth(), runtime), precision=precision)
                 try:

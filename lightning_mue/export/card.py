@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 
-from lightning_mue.policy import Certificate, ExitPolicy
+from lightning_mue.certificate import VERIFIED
+from lightning_mue.policy import ExitPolicy
 
 
 def model_card(policy: ExitPolicy, name: str, table: str | None, has_processor: bool, is_graphs: bool = False) -> str:
@@ -21,7 +22,7 @@ def model_card(policy: ExitPolicy, name: str, table: str | None, has_processor: 
     parts = [
         "---\nlibrary_name: lightning_mue\npipeline_tag: image-text-to-text\ntags:\n- early-exit\n---\n",
         f"# {name}\n",
-        f"{_promise(policy.certificate)}\n",
+        f"{_promise(policy)}\n",
         f"## Policy\n\n{_rules(policy)}\n",
         f"## Comparison\n\n{table.strip()}\n" if table else "",
         f"## Use\n\n```python\n{_usage(name, has_processor, policy.groups)}\n```\n",
@@ -33,8 +34,10 @@ def model_card(policy: ExitPolicy, name: str, table: str | None, has_processor: 
     return "\n".join(part for part in parts if part)
 
 
-def _promise(certificate: Certificate | None) -> str:
-    return certificate.in_words() if certificate else "No certificate: this policy was not calibrated."
+def _promise(policy: ExitPolicy) -> str:
+    if policy.certificate is not None:
+        return policy.certificate.in_words()
+    return VERIFIED if policy.verified else "No certificate: this policy was not calibrated."
 
 
 def _rules(policy: ExitPolicy) -> str:

@@ -20,8 +20,9 @@ from lightning_mue.export.card import model_card
 from lightning_mue.export.graph_bundle import save_graphs
 from lightning_mue.export.manifest import foreign_files, is_bundle, write_manifest
 from lightning_mue.export.model_file import load_files, read_config, save_files
-from lightning_mue.export.single_file import export_graphs
+from lightning_mue.export.single_file import check_plain, export_graphs
 from lightning_mue.inference.check import check_policy
+from lightning_mue.inference.sessions import check_installed
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.portable.names import POLICY, PROCESSOR
 
@@ -67,6 +68,9 @@ def freeze(
     processor = None if processor is None else _as_processor(processor)
     if graphs and processor is None:
         raise ValueError("`graphs` needs a processor, which says how large pictures are; `export_graphs` takes inputs")
+    if graphs:
+        check_plain(model, policy)
+        check_installed()
     target = Path(folder).resolve()  # a link keeps pointing to what is replaced
     _check_target(target)
     check_policy(policy, view(model), attached(model))

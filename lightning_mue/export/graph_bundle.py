@@ -61,6 +61,11 @@ def _check_able(model: nn.Module, policy: ExitPolicy, processor: Processor | Non
     if policy.precision not in RUNTIMES[RUNTIME]:
         able = [precision or "the model's own" for precision in RUNTIMES[RUNTIME]]
         raise ValueError(f"{RUNTIME!r} computes in {' or '.join(able)}, and the policy asks for {policy.precision!r}")
+    if policy.groups is not None and policy.precision is not None:
+        raise ValueError(
+            f"The policy runs the groups {list(policy.groups)} in {policy.precision} and all others as the model is; a "
+            "bundle of graphs holds one precision. Freeze it without `runtime`."
+        )
     if one.device.type != "cpu" or one.dtype != torch.float32:
         raise ValueError(f"Graphs are made of models in float32 on the CPU, got {one.dtype} on {one.device}; move it")
     if processor is None:

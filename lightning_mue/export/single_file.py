@@ -70,7 +70,7 @@ def export_graphs(
         ImportError: onnx, onnxscript or onnxruntime is not installed.
     """
     check_installed()
-    _check_plain(model, policy)
+    check_plain(model, policy)
     model = copy.deepcopy(model).cpu().eval()
     backbone = view(model)
     check_policy(policy, backbone, attached(model))
@@ -251,7 +251,7 @@ def _saved(model: ModelProto, path: Path) -> Path:
     return path
 
 
-def _check_plain(model: nn.Module, policy: ExitPolicy) -> None:
+def check_plain(model: nn.Module, policy: ExitPolicy) -> None:
     """Refuse what the graphs would not do, though the engine does."""
     if policy.groups is not None:
         raise ValueError(f"The policy leaves early for the groups {list(policy.groups)} alone; graphs know no groups")

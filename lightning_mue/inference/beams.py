@@ -105,9 +105,11 @@ class BeamSearch:
             elif rank < beams and score > _NEVER / 2:
                 grown.score /= length**settings.length_penalty
                 self.finished.append(grown)
+        if not going and not self.finished:  # nothing was allowed in the end
+            self.finished = [self.running[parents[0]]]
         self.finished = sorted(self.finished, key=lambda found: -found.score)[:beams]
         self.running = [grown for _, grown in going[:beams]]
-        self.done = length == self._steps or self._is_settled(length)
+        self.done = not going or self._is_settled(length)
         return [parent for parent, _ in going[:beams]]
 
     def _is_settled(self, length: int) -> bool:

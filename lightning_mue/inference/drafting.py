@@ -75,15 +75,40 @@ class DraftLength:
             self._depth += (1 - _KEPT) * (depth - self._depth)
 
 
-def measure_cost(executor: Executor, rows: int) -> StepCost:
+class DraftLengths:
+    """What an engine has learnt of drafts, by size of batch; what steps cost is measured when a size is first seen."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, DraftLength] = {}
+
+    def of(self, rows: int, depth: int, positions: int, make: Callable[[], Executor]) -> DraftLength:
+        """Return what is known for batches of about this size.
+
+        Args:
+            rows: of the batch.
+            depth: the decoder's first exit.
+            positions: that the executor has room for.
+            make: an executor to measure with.
+        """
+        size = (rows - 1).bit_length()
+        if size not in self._known:
+            executor = make()
+            self._known[size] = DraftLength(executor.num_layers, depth, measure_cost(executor, rows, positions))
+        return self._known[size]
+
+
+def measure_cost(executor: Executor, rows: int, positions: int = LONGEST) -> StepCost:
     """Measure steps of a whole batch; layers take turns, so that each one's weights come from where they lie.
 
+    The head ends in numbers, for which even a device that works ahead is waited for; so layers are timed with it.
+
     Args:
-        executor: with ``LONGEST`` positions; what it holds is overwritten.
+        executor: what it holds is overwritten.
         rows: of the batch.
+        positions: that the executor has room for.
     """
     every, last = list(range(rows)), executor.num_layers
-    executor.embed(every, 0, [[0] * LONGEST] * rows)
+    executor.embed(every, 0, [[0] * positions] * rows)
 
     def layers(m: int) -> None:
         for layer in range(1, last + 1):
@@ -92,11 +117,15 @@ def measure_cost(executor: Executor, rows: int) -> StepCost:
     def head(m: int) -> None:
         executor.choose({last: [(row, position) for row in every for position in range(m)]})
 
-    layers(LONGEST)  # K/V of the memory are projected now
-    sizes = (1, LONGEST)
-    ms = [[_ms(piece, m) for piece in (layers, head) for m in sizes] for _ in range(_TRIES)]
-    layers_1, layers_m, head_1, head_m = (median(of_piece) for of_piece in zip(*ms, strict=True))
-    return StepCost(_line(layers_1 / last, layers_m / last), _line(head_1, head_m))
+    def both(m: int) -> None:
+        layers(m)
+        head(m)
+
+    both(positions)  # K/V of the memory are projected now
+    ms = [[_ms(piece, m) for piece in (both, head) for m in (1, positions)] for _ in range(_TRIES)]
+    both_1, both_m, head_1, head_m = (median(of_piece) for of_piece in zip(*ms, strict=True))
+    layer_1, layer_m = (max(0.0, both_ms - head_ms) / last for both_ms, head_ms in ((both_1, head_1), (both_m, head_m)))
+    return StepCost(_line(layer_1, layer_m, positions), _line(head_1, head_m, positions))
 
 
 def _ms(piece: Callable[[int], None], m: int) -> float:
@@ -105,5 +134,5 @@ def _ms(piece: Callable[[int], None], m: int) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def _line(first: float, longest: float) -> tuple[float, float]:
-    return first, max(0.0, longest - first) / (LONGEST - 1)
+def _line(first: float, longest: float, positions: int) -> tuple[float, float]:
+    return first, max(0.0, longest - first) / max(1, positions - 1)

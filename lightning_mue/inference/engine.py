@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone, DecodeSettings, fingerprint, view
 from lightning_mue.exits import Exits, attached
-from lightning_mue.inference.answers import calibrated_answers
+from lightning_mue.inference.answers import ClosedAnswers, calibrated_answers
 from lightning_mue.inference.beam_schedule import decode_beams
 from lightning_mue.inference.beams import BeamSettings, beam_settings
 from lightning_mue.inference.check import check_policy
-from lightning_mue.inference.drafting import LONGEST, DraftLength, measure_cost
+from lightning_mue.inference.drafting import LONGEST, DraftLengths
 from lightning_mue.inference.encode import Encoded, OnExit, encode
 from lightning_mue.inference.output import ExitOutput, joined
 from lightning_mue.inference.request import by_group, check_inputs, check_texts, decoder_exits, longest_answer
@@ -30,7 +30,7 @@ from lightning_mue.prompt import read_prompts
 
 
 class ExitEngine:
-    """Generates greedily under an exit policy; ``ExitPolicy.full_depth()`` is the plain model.
+    """Generates under an exit policy, greedily or with beams; ``ExitPolicy.full_depth()`` is the plain model.
 
     Args:
         model: a supported backbone, with exits attached if the policy needs them. It is put into eval mode; a policy of
@@ -63,7 +63,7 @@ class ExitEngine:
         check_policy(policy, self.backbone, self.exits)
         self._runtime = make_runtime(runtime or policy.runtime, self.backbone, policy.precision)
         self.runtime = self._runtime.name
-        self._drafting: dict[int, DraftLength] = {}
+        self._drafting = DraftLengths()
         if check_fingerprint and policy.fingerprint is not None and policy.fingerprint != (found := fingerprint(model)):
             raise ValueError(
                 f"The policy was calibrated for weights with fingerprint {policy.fingerprint}, this model has {found}; "
@@ -122,7 +122,7 @@ class ExitEngine:
         Args:
             images: PIL pictures.
             prompts: as many texts.
-            max_new_tokens: at most; the generation config's (or 20) if not given.
+            max_new_tokens: at most; if not given, as certified, else as the generation config says.
             decoder_prompts: as many texts that the decoder reads before it answers.
             groups: as many names, as in ``generate``.
 
@@ -160,7 +160,7 @@ class ExitEngine:
         if self.policy.groups is not None:
             raise ValueError(f"The policy leaves early for the groups {list(self.policy.groups)} alone: use `generate`")
         inputs = self._given(inputs)
-        closed = getattr(prefix_fn, "tokens", None)
+        closed = prefix_fn.tokens if isinstance(prefix_fn, ClosedAnswers) else None
         prefix_fn = asked_once(prefix_fn) if prefix_fn is not None else None
         settings = self.backbone.decode_settings(longest_answer(self.policy, max_new_tokens))
         watch = Stopwatch(next(self.model.parameters()).device, timings)
@@ -180,23 +180,15 @@ class ExitEngine:
                 beams=len(rows) // len(prompts),
                 closed=closed,
             )
-            drafting = self._draft_length(*given) if self.policy.verified else None
-            exits = decoder_exits(self.policy, settings.max_new_tokens, forced, drafting)
+            exits = decoder_exits(self.policy, settings.max_new_tokens, forced)
+            if self.policy.verified:
+                first = min(self.policy.rules["decoder"].reachable, default=executor.num_layers)
+                few, silent = min(LONGEST, self.backbone.decoder.max_positions), Stopwatch(None, False)
+                measured = partial(self._runtime.executor, *given, few, (), silent, closed=closed)
+                exits = replace(exits, drafting=self._drafting.of(len(prompts), first, few, measured))
             how = (executor, exits, prompts, settings.end_ids, settings.max_new_tokens)
             record = decode(*how) if beams is None else decode_beams(*how, beams)
         return _output(encoded, record, settings, prompts, watch), executor
-
-    def _draft_length(
-        self, backbone: Backbone, exits: Exits | None, memory_BSD: Tensor, mask: Tensor | None
-    ) -> DraftLength:
-        """Return what has been learnt of drafts in batches of this size; what steps cost is measured the first time."""
-        rows, layers = len(memory_BSD), backbone.decoder.num_layers
-        if rows not in self._drafting:
-            silent = Stopwatch(memory_BSD.device, False)
-            cost = measure_cost(self._runtime.executor(backbone, exits, memory_BSD, mask, LONGEST, (), silent), rows)
-            depth = min(self.policy.rules["decoder"].reachable, default=layers)
-            self._drafting[rows] = DraftLength(layers, depth, cost)
-        return self._drafting[rows]
 
     @cached_property
     def _by_group(self) -> tuple[ExitEngine, ExitEngine]:

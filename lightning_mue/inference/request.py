@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_mue.inference.schedule import DecoderExits, Drafting
+from lightning_mue.inference.schedule import DecoderExits
 from lightning_mue.policy import ExitPolicy, ExitRule
 
 _NOT_GREEDY = {
@@ -78,10 +78,9 @@ def decoder_exits(
     policy: ExitPolicy,
     steps: int,
     forced: Sequence[Sequence[int]] | None = None,
-    drafting: Drafting | None = None,
 ) -> DecoderExits:
     """Return the decoder's rule as the schedule wants it, for at most ``steps`` tokens."""
     rule = policy.rules.get("decoder", ExitRule("static", (1,), (math.inf,)))
     return DecoderExits(
-        rule.signal, lambda step: rule.thresholds_at(step, steps), policy.kv_fill, policy.backlog, forced, drafting
+        rule.signal, lambda step: rule.thresholds_at(step, steps), policy.kv_fill, policy.backlog, forced
     )

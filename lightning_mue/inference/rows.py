@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning_mue.inference.answers import ClosedAnswers
 from lightning_mue.policy import ExitPolicy
 
 PrefixFn = Callable[[int, Any], list[int]]
@@ -43,4 +44,6 @@ def of_beams(prefix_fn: PrefixFn | None, beams: int) -> PrefixFn | None:
 
 def constraint_of(prefix_fn: PrefixFn | None, rows: list[int]) -> PrefixFn | None:
     """Return the constraint of the whole batch as that of some of its rows."""
+    if isinstance(prefix_fn, ClosedAnswers):
+        return prefix_fn  # it is of all rows alike
     return prefix_fn and (lambda row, ids: prefix_fn(rows[row], ids))

@@ -31,7 +31,12 @@ class SmallHead:
         Args:
             h_RD: float32 states.
             process: logits processors.
+
+        Raises:
+            ValueError: states are not finite.
         """
+        if not np.isfinite(h_RD).all():
+            raise ValueError("States must be finite, got nan or inf: look at the layers below the head")
         score_RV = (h_RD @ self._weight_DV + self._bias_V).astype(np.float32)
         if process is not None:
             score_RV = process(np.arange(len(h_RD)), score_RV)

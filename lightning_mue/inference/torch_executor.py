@@ -238,7 +238,8 @@ class TorchExecutor:
         """Return how positions of rows are indexed in buffers ``[B, T, ...]``, wherever they lie."""
         if self._owner_RT is None:
             return index, slice(first, last)
-        owner_Rm = self._owner_RT[index, first:last].to(self.ids.device)
+        where = index.cpu() if isinstance(index, Tensor) else index  # the table lies where the schedule writes it
+        owner_Rm = self._owner_RT[where, first:last].to(self.ids.device)
         return owner_Rm, torch.arange(first, last, device=self.ids.device)
 
     def _samples(self, rows: Sequence[int]) -> Index:

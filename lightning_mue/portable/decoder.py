@@ -18,15 +18,18 @@ def decoder_sessions(files: GraphFiles) -> DecoderSessions:
     facts, session = files.facts["decoder"], files.session
 
     def head() -> Head:
-        return lambda h_RD: session("decoder/head")(h_RD)[0]
+        if "decoder/head" in files:
+            return lambda h_RD: session("decoder/head")(h_RD)[0]
+        return lambda h_RD: h_RD @ weight_VD.T + (0 if bias_V is None else bias_V)  # of beams alone
 
     layers = [
         LayerSessions(*(session(f"decoder/{k}/{piece}") for piece in ("before", "between", "after", "memory")))
         for k in range(1, facts["layers"] + 1)
     ]
+    weight_VD = files.array("head_weight")
     bias_V = files.array("head_bias") if "head_bias" in files.facts["arrays"] else None
     how = (facts["heads"], facts["max_positions"], files.facts["precision"], files.threads)
-    return DecoderSessions(layers, *how, files.array("head_weight"), bias_V, head, files.graph("decoder/product"))
+    return DecoderSessions(layers, *how, weight_VD, bias_V, head, files.graph("decoder/product"))
 
 
 class GraphsOutside:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_mue.inference.answers import calibrated_answers
+from lightning_mue.inference.answers import ClosedAnswers, calibrated_answers
 from lightning_mue.inference.beam_schedule import decode_beams
 from lightning_mue.inference.beams import BeamSettings, beam_settings
-from lightning_mue.inference.drafting import LONGEST, DraftLength, measure_cost
+from lightning_mue.inference.drafting import LONGEST, DraftLengths
 from lightning_mue.inference.ort_executor import OrtExecutor
 from lightning_mue.inference.output import ExitOutput, joined
 from lightning_mue.inference.request import by_group, check_inputs, check_texts, decoder_exits, longest_answer
@@ -49,7 +49,7 @@ class PortableEngine:
         self.processor = PortableProcessor(Path(folder, PROCESSOR), self.files.facts["tasks"])
         self._decoder = decoder_sessions(self.files)
         self._outside = GraphsOutside(self.files, self._decoder)
-        self._drafting: dict[int, DraftLength] = {}
+        self._drafting = DraftLengths()
 
     def generate(
         self,
@@ -108,7 +108,7 @@ class PortableEngine:
         Args:
             images: PIL pictures.
             prompts: as many texts.
-            max_new_tokens: at most; the generation config's (or 20) if not given.
+            max_new_tokens: at most; if not given, as certified, else as the generation config says.
             decoder_prompts: as many texts that the decoder reads before it answers.
             groups: as many names, as in ``generate``.
 
@@ -137,7 +137,10 @@ class PortableEngine:
         steps = settings["max_new_tokens"] if asked is None else asked
         if steps < 1:
             raise ValueError(f"`max_new_tokens` must be at least 1, got {steps}")
-        closed, allowed = getattr(allowed, "tokens", None), None if allowed is None else asked_once(allowed)
+        closed, allowed = (
+            allowed.tokens if isinstance(allowed, ClosedAnswers) else None,
+            None if allowed is None else asked_once(allowed),
+        )
         with watch.part("total"):
             encoded = encode(self.files, inputs, policy.rules, watch)
             prompts = read_prompts(inputs, len(encoded.memory_BSD), settings["start_id"])
@@ -147,18 +150,15 @@ class PortableEngine:
                 settings, steps, of_beams(allowed, count), [prompt for prompt in prompts for _ in range(count)]
             )
             executor = make(max(map(len, prompts)) - 1 + steps, rules, watch, count, closed)
-            drafting = self._draft_length(policy, len(prompts), make) if policy.verified else None
-            how = (executor, decoder_exits(policy, steps, None, drafting), prompts, settings["end_ids"], steps)
+            exits = decoder_exits(policy, steps)
+            if policy.verified:
+                first = min(policy.rules["decoder"].reachable, default=executor.num_layers)
+                few = min(LONGEST, self._decoder.max_positions)
+                measured = partial(make, few, (), Stopwatch(None, False), closed=closed)
+                exits = replace(exits, drafting=self._drafting.of(len(prompts), first, few, measured))
+            how = (executor, exits, prompts, settings["end_ids"], steps)
             record = decode(*how) if beams is None else decode_beams(*how, beams)
         return _output(encoded, record, settings, prompts, watch)
-
-    def _draft_length(self, policy: ExitPolicy, rows: int, make: Callable[..., OrtExecutor]) -> DraftLength:
-        """Return what has been learnt of drafts in batches of this size; what steps cost is measured the first time."""
-        if rows not in self._drafting:
-            cost, layers = measure_cost(make(LONGEST, (), Stopwatch(None, False)), rows), len(self._decoder.layers)
-            depth = min(policy.rules["decoder"].reachable, default=layers)
-            self._drafting[rows] = DraftLength(layers, depth, cost)
-        return self._drafting[rows]
 
     def _given(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         """Return what the graphs read of the inputs, as they want it."""

@@ -48,8 +48,15 @@ class GraphFiles:
         return name in self._graphs
 
     def graph(self, name: str) -> bytes:
-        """Return a graph without its weights."""
-        return (self._folder / self._graphs[name]["file"]).read_bytes()
+        """Return a graph without its weights.
+
+        Raises:
+            ValueError: it is said to lie elsewhere.
+        """
+        file = self._graphs[name]["file"]
+        if Path(file).name != file:
+            raise ValueError(f"{GRAPHS} names {file!r}, which lies outside the bundle's {GRAPH_FOLDER!r}")
+        return (self._folder / file).read_bytes()
 
     def array(self, name: str) -> Array:
         """Return an array of those that no graph holds."""
@@ -67,13 +74,22 @@ def _cores() -> int:
 
 
 def _read_safetensors(path: Path) -> dict[str, Array]:
-    """Return name -> array; nothing is read yet but the names."""
-    data = np.memmap(path, np.uint8, "r")
+    """Return name -> array; nothing is read yet but the names.
+
+    Raises:
+        ValueError: sizes, places or types that cannot be.
+    """
+    size = path.stat().st_size
+    data = np.memmap(path, np.uint8, "r") if size > 8 else np.zeros(8, np.uint8)
     start = 8 + int(data[:8].view("<u8")[0])
+    if not 8 < start <= size:
+        raise ValueError(f"{path} is damaged: {size} bytes, and a list of names that would end at {start}")
     arrays = {}
     for name, entry in json.loads(data[8:start].tobytes()).items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            flat = np.frombuffer(data[start + first : start + last], _TYPES[entry["dtype"]])
-            arrays[name] = flat.reshape(entry["shape"])
+        if name == "__metadata__":
+            continue
+        (first, last), kind = entry["data_offsets"], entry["dtype"]
+        if kind not in _TYPES or not 0 <= first <= last <= size - start:
+            raise ValueError(f"{path} is damaged: {name!r} is {kind} at {first} to {last} of {size - start} bytes")
+        arrays[name] = np.frombuffer(data[start + first : start + last], _TYPES[kind]).reshape(entry["shape"])
     return arrays

@@ -12,10 +12,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from lightning_mue.portable.pictures import Pictures
+from lightning_mue.prompt import IGNORE
 
 Array = np.ndarray
-IGNORE = -100
-"""Fills up rows of decoder prompts and of labels."""
 
 
 class PortableProcessor:

@@ -1,10 +1,13 @@
 """How far to draft: against brute force, and against what drafting really settles."""
 
+import json
+
 import numpy as np
 import pytest
 
 from lightning_mue.inference.drafting import LONGEST, DraftLength, StepCost, measure_cost
 from lightning_mue.policy import ExitPolicy, ExitRule
+from tests.promises import certificate
 
 COST = StepCost(layer=(3.0, 0.1), head=(3.5, 0.3))
 
@@ -82,13 +85,46 @@ def test_cost_is_a_line_through_what_was_measured():
     ],
 )
 def test_what_cannot_be_verified_is_refused(rules, more):
-    with pytest.raises(ValueError, match="as_drafts"):
+    with pytest.raises(ValueError, match="needs a rule for 'decoder', no others"):
         ExitPolicy(rules, verified=True, **more)
 
 
 def test_a_policy_as_drafts_keeps_the_decoder_rule_alone():
     policy = ExitPolicy({"decoder": ExitRule.static(1), "encoder": ExitRule.static(2)}, precision="int8")
     drafts = policy.as_drafts()
-    assert drafts == ExitPolicy({"decoder": ExitRule.static(1)}, precision="int8", verified=True)
+    assert drafts == ExitPolicy({"decoder": ExitRule.static(1)}, verified=True)
     assert ExitPolicy.from_json(drafts.to_json()) == drafts
-    assert drafts.depths_in_words() == "decoder: static 1; drafts, settled by the last layer; in int8"
+    assert drafts.depths_in_words() == "decoder: static 1; drafts, settled by the last layer"
+
+
+def test_drafts_decode_as_was_certified():
+    settings = {"max_new_tokens": 4, "answers": ["yes", "no"], "runtime": "onnxruntime"}
+    policy = ExitPolicy({"decoder": ExitRule.static(1)}, precision="int8", certificate=certificate(decode=settings))
+    drafts = policy.as_drafts()
+    assert drafts.certificate.decode == settings
+    assert drafts.runtime == "onnxruntime"
+    assert drafts.certificate.in_words().startswith("Verified: what leaves the decoder early is a draft")
+    assert "p = " not in drafts.certificate.explained()
+    with pytest.raises(ValueError, match=r"need a rule for the decoder, this policy has \['vision'\]"):
+        ExitPolicy({"vision": ExitRule.static(1)}).as_drafts()
+
+
+def test_versions_that_know_no_drafts_refuse_them():
+    assert json.loads(ExitPolicy({"decoder": ExitRule.static(1)}).as_drafts().to_json())["schema"] == 3
+    assert json.loads(ExitPolicy({"decoder": ExitRule.static(1)}).to_json())["schema"] == 2
+
+
+def test_a_short_decoder_is_measured_with_the_positions_it_has():
+    class Short:
+        num_layers = 1
+
+        def embed(self, rows, first, tokens):
+            assert [len(row) for row in tokens] == [1]
+
+        def run_layer(self, layer, pending):
+            assert pending == [(0, 1, [0])]
+
+        def choose(self, exits):
+            assert exits == {1: [(0, 0)]}
+
+    assert measure_cost(Short(), 1, 1).layer[1] == 0

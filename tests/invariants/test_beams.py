@@ -2,10 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_mue.backbones import view
+from lightning_mue.inference.beams import BeamSearch, BeamSettings
 from lightning_mue.policy import ExitPolicy, ExitRule
 from tests import reference, zoo
 from tests.invariants.policies import STEPS, decoder_rule, encoder_rules, engine_of, executor_class
@@ -146,3 +148,19 @@ def test_what_beams_cannot_do_is_refused():
     ):
         with pytest.raises(ValueError, match="num_beams=1"):
             engine_of(model, policy).generate(num_beams=2, **tensors)
+
+
+def test_what_allows_nothing_in_the_end_still_answers():
+    search = BeamSearch(BeamSettings(2), [3], steps=2)
+    first = np.log(np.full((2, 5), 0.2, np.float32))
+    assert len(search.advance(first, [1, 1])) == 2
+    begun = [list(beam.tokens) for beam in search.running]
+    search.advance(np.full((2, 5), -np.inf, np.float32), [1, 1])
+    assert search.done
+    assert search.finished[0].tokens in begun
+
+
+def test_a_vocabulary_of_its_end_alone():
+    search = BeamSearch(BeamSettings(2), [0], steps=4)
+    search.advance(np.zeros((2, 1), np.float32), [2, 2])
+    assert (search.done, search.finished[0].tokens, search.finished[0].depths) == (True, [0], [2])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_mue.backbones import view
-from lightning_mue.inference import engine as engine_module
+from lightning_mue.inference import drafting
 from lightning_mue.inference.drafting import DraftLength
 from lightning_mue.policy import ExitPolicy, ExitRule
 from tests import reference, zoo
@@ -105,8 +105,8 @@ def test_without_drafts_every_token_goes_through_all_layers_once(monkeypatch):
 def test_what_steps_cost_is_measured_once_for_a_batch_size(monkeypatch):
     model, tensors = zoo.shared("florence2"), zoo.inputs("florence2", 2)
     asked = []
-    measure = engine_module.measure_cost
-    monkeypatch.setattr(engine_module, "measure_cost", lambda *given: asked.append(given[1]) or measure(*given))
+    measure = drafting.measure_cost
+    monkeypatch.setattr(drafting, "measure_cost", lambda *given: asked.append(given[1]) or measure(*given))
     engine = engine_of(model, ExitPolicy({"decoder": ExitRule.static(1)}, verified=True))
     for _ in range(2):
         engine.generate(STEPS, **tensors)

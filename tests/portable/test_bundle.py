@@ -21,6 +21,7 @@ from lightning_mue.export.manifest import bundle_size, write_manifest
 from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import ExitPolicy, ExitRule
 from lightning_mue.portable.engine import PortableEngine
+from lightning_mue.portable.files import _read_safetensors
 from tests import zoo
 from tests.portable.conftest import make_frozen
 from tests.runs import ROOT
@@ -42,6 +43,11 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 """
+
+
+def _safetensors(names):
+    text = json.dumps(names).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(8)
 
 
 def alone(code, *args):
@@ -160,6 +166,32 @@ def test_files_of_other_bundles_are_refused(bundle):
         mue.load(bundle)
 
 
+def test_a_graph_that_lies_elsewhere_is_refused(bundle):
+    facts = json.loads((bundle / "graphs.json").read_text())
+    facts["graphs"]["decoder/embed"]["file"] = "../../outside.onnx"
+    (bundle / "graphs.json").write_text(json.dumps(facts))
+    write_manifest(bundle)
+    engine = mue.load(bundle)
+    with pytest.raises(ValueError, match=r"names '../../outside.onnx', which lies outside"):
+        engine.files.graph("decoder/embed")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "0 bytes, and a list of names that would end at 8"),
+        ((1 << 62).to_bytes(8, "little") + b"{}", "would end at 4611686018427387912"),
+        (_safetensors({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-8, -4]}}), "'a' is F32 at -8 to -4 of 8"),
+        (_safetensors({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}), "'a' is F32 at 0 to 16 of 8"),
+        (_safetensors({"a": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}}), "'a' is BF16 at 0 to 8 of 8"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(data, message, tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        _read_safetensors(tmp_path / "weights.safetensors")
+
+
 def test_another_schema_is_refused(bundle):
     facts = json.loads((bundle / "graphs.json").read_text())
     (bundle / "graphs.json").write_text(json.dumps(facts | {"schema": 99}))
@@ -183,6 +215,7 @@ def test_it_runs_where_it_can(made):
         (ExitPolicy(), {"runtime": "tensorrt"}, "for runtime 'onnxruntime', got 'tensorrt'"),
         (ExitPolicy(precision="bfloat16"), {}, "in the model's own or int8.* and the policy asks for 'bfloat16'"),
         (ExitPolicy(), {"processor": None}, "needs a `processor`"),
+        (ExitPolicy(precision="int8", groups=("a",)), {}, "holds one precision. Freeze it without `runtime`"),
     ],
 )
 def test_what_cannot_be_frozen(made, policy, more, message, tmp_path):
@@ -222,6 +255,17 @@ def test_graphs_that_do_something_else_are_found_out(made, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="the graphs' memory would be others without torch"):
         mue.freeze(model, ExitPolicy(), tmp_path / "x", made.processor, runtime="onnxruntime")
     assert not any(tmp_path.iterdir())
+
+
+def test_beams_need_no_graph_of_the_head(made):
+    """It is written where a signal needs all logits, and of others beams alone ask for them."""
+    tensors, full = zoo.inputs("florence2", 3), ExitEngine(made.model, ExitPolicy.full_depth())
+    engine = mue.load(made.folder)
+    engine.policy = ExitPolicy.full_depth()
+    del engine.files._graphs["decoder/head"]
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    expected = full.generate(6, num_beams=3, **tensors).sequences.tolist()
+    assert engine.generate(6, num_beams=3, **arrays).sequences.tolist() == expected
 
 
 def make_model_like(made):
