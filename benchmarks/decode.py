@@ -127,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             notes[batch], predicted[batch] = case.notes, predictions(case, lines)
     text = report(args, shape, found, notes, predicted)
     threads = "" if args.threads == 1 else f"_{args.threads}_threads"
-    target = Path(args.out) / f"decode_{args.shape}{threads}_{today()}.md"
+    sizes = "" if args.batch_sizes == list(REPEATS) else f"_batch_{'_'.join(map(str, args.batch_sizes))}"
+    target = Path(args.out) / f"decode_{args.shape}{sizes}{threads}_{today()}.md"
     write_text(target, text)
     if promised(args) and target.parent == RESULTS:
         for promise, batch, value in values(found):

@@ -192,7 +192,7 @@ def test_a_fp32_line_at_full_depth_says_what_generate_says():
 def test_the_script_writes_a_table(tmp_path, capsys):
     decode.main(["--shape", "tiny", "--repeats", "1", "--batch-sizes", "1", "8", "--out", str(tmp_path)])
     (page,) = tmp_path.iterdir()
-    assert page.name == f"decode_tiny_{targets.today()}.md"
+    assert page.name == f"decode_tiny_batch_1_8_{targets.today()}.md"
     text = page.read_text()
     assert text in capsys.readouterr().out
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]

@@ -32,7 +32,7 @@ Processor = Callable[[Array, Array, Sequence[int]], Array]
 
 
 _TOKENS = 512
-"""Of the memory, projected at once: what lies between the matrices and the K/V then stays in the cache."""
+"""Of the memory, projected and rounded at once: what lies between then stays in the cache."""
 
 
 class Outside(Protocol):
@@ -256,10 +256,14 @@ class OrtExecutor:
         missing = [s for s in dict.fromkeys(r // self._beams for r in rows) if s not in self._projected[layer]]
         if not missing:
             return
-        at_once = max(1, _TOKENS // self._memory.shape[1])
+        rounded = self._sessions.precision != "float32"
+        at_once = max(1, _TOKENS // self._memory.shape[1]) if rounded else len(missing)
         with self._watch.part("memory"):
             for samples in (missing[first : first + at_once] for first in range(0, len(missing), at_once)):
                 found = self.memory_rows(layer, self._memory[samples])
+                if layer not in self._memory_kv and len(samples) == len(self._memory):
+                    self._memory_kv[layer] = found  # where the session put them: pages that it has used before
+                    continue
                 if layer not in self._memory_kv:
                     shapes = [(len(self._memory), *kv.shape[1:]) for kv in found]
                     self._memory_kv[layer] = np.empty(shapes[0], found[0].dtype), np.empty(shapes[1], found[1].dtype)
