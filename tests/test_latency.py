@@ -27,7 +27,7 @@ class Ticking:
     num_layers = 3
 
     def __init__(self):
-        self.seconds, self.visited, self._memory = 0.0, [], None
+        self.seconds, self.visited = 0.0, []
 
     def embed(self, rows, first, tokens):
         self.seconds += 0.25
@@ -35,7 +35,7 @@ class Ticking:
     def choose(self, exits):
         self.seconds += 2.0
 
-    def memory_rows(self, layer, memory):
+    def project_memory(self, layer, samples):
         self.seconds += 4.0 * layer
 
     def run_layer(self, layer, pending):

@@ -32,7 +32,7 @@ Processor = Callable[[Array, Array, Sequence[int]], Array]
 
 
 _TOKENS = 512
-"""Of the memory, projected and rounded at once: what lies between then stays in the cache."""
+"""Of the memory, projected at once: what lies between then stays in the cache."""
 
 
 class Outside(Protocol):
@@ -91,7 +91,8 @@ class OrtExecutor:
         self._keys, self._values = np.empty(kv_shape, np.float32), np.empty(kv_shape, np.float32)
         self.states = np.empty((layers, self.batch, positions, width), np.float32)
         self.ids = np.zeros((self.batch, positions + 1), np.int64)
-        self._memory_kv: dict[int, tuple[Array, Array]] = {}
+        self._memory_kv: dict[int, Array] = {}
+        self._rounded = sessions.precision != "float32"
         self._projected: list[set[int]] = [set() for _ in range(layers)]
         self._logits: dict[int, tuple[list[Place], Array]] = {}
         self._streaks: dict[int, tuple[int, int]] = {}
@@ -256,25 +257,36 @@ class OrtExecutor:
         missing = [s for s in dict.fromkeys(r // self._beams for r in rows) if s not in self._projected[layer]]
         if not missing:
             return
-        rounded = self._sessions.precision != "float32"
-        at_once = max(1, _TOKENS // self._memory.shape[1]) if rounded else len(missing)
         with self._watch.part("memory"):
-            for samples in (missing[first : first + at_once] for first in range(0, len(missing), at_once)):
-                found = self.memory_rows(layer, self._memory[samples])
-                if layer not in self._memory_kv and len(samples) == len(self._memory):
-                    self._memory_kv[layer] = found  # where the session put them: pages that it has used before
-                    continue
-                if layer not in self._memory_kv:
-                    shapes = [(len(self._memory), *kv.shape[1:]) for kv in found]
-                    self._memory_kv[layer] = np.empty(shapes[0], found[0].dtype), np.empty(shapes[1], found[1].dtype)
-                for stored_BHSd, kv in zip(self._memory_kv[layer], found, strict=True):
-                    stored_BHSd[samples] = kv
+            self.project_memory(layer, missing)
             self._projected[layer].update(missing)
 
-    def memory_rows(self, layer: int, memory_RSD: Array) -> tuple[Array, Array]:
-        """Return K and V; beside matrices of 8 bits they are kept in 16, for reading them is most of the work."""
-        key, value = self._sessions.layers[layer - 1].memory(memory_RSD)
-        return (key, value) if self._sessions.precision == "float32" else (to_bfloat16(key), to_bfloat16(value))
+    def project_memory(self, layer: int, samples: Sequence[int]) -> None:
+        """Write K and V of samples where they stay.
+
+        Beside matrices of 8 bits they are kept in 16, for reading them is most of the work.
+        """
+        rounded, (_, heads, d), (batch, length, _) = self._rounded, self._heads, self._memory.shape
+        if layer not in self._memory_kv:
+            kind = np.uint16 if rounded else np.float32
+            self._memory_kv[layer] = np.empty((2, batch, heads, length, d), kind)
+        for first, last in _runs(samples, max(1, _TOKENS // length)):
+            stored_2RHSd = self._memory_kv[layer][:, first:last]
+            found_2RHSd = np.empty(stored_2RHSd.shape, np.float32) if rounded else stored_2RHSd
+            self._sessions.layers[layer - 1].memory.into([self._memory[first:last]], [*found_2RHSd])
+            if rounded:
+                to_bfloat16(found_2RHSd, out=stored_2RHSd)
+
+
+def _runs(numbers: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Return ``first, last + 1`` of runs of adjacent numbers, of at most so many each."""
+    runs: list[tuple[int, int]] = []
+    for n in sorted(numbers):
+        if runs and runs[-1][1] == n < runs[-1][0] + most:
+            runs[-1] = runs[-1][0], n + 1
+        else:
+            runs.append((n, n + 1))
+    return runs
 
 
 def _pairs(pending: Sequence[Block]) -> tuple[Array, Array]:

@@ -174,7 +174,7 @@ def _decoder_pieces(executor: Any, exits: Exits | None, start_id: int, length: i
     pieces: Pieces = {
         "decoder.embed": partial(executor.embed, [0], at, [[start_id]]),
         "decoder.head": partial(executor.choose, {layers: [(0, at)]}),
-        "decoder.memory": _each(layers, lambda k: executor.memory_rows(k, executor._memory)),
+        "decoder.memory": _each(layers, lambda k: executor.project_memory(k, [0])),
     }
     for m in BLOCK_SIZES:
         if m <= length:

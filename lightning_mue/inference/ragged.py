@@ -77,9 +77,15 @@ def attend(
     return out_NHd
 
 
-def to_bfloat16(x: Array) -> Array:
-    """Return float32 numbers as the bits of bfloat16: to the nearest, ties to even; NaN stays NaN."""
-    return _nearest(np.asarray(x, np.float32).view(np.uint32))
+def to_bfloat16(x: Array, out: Array | None = None) -> Array:
+    """Return float32 numbers as the bits of bfloat16: to the nearest, ties to even; NaN stays NaN.
+
+    Args:
+        x: of any shape.
+        out: uint16 of that shape, written and returned. Default: a new array.
+    """
+    found: Array = _nearest(np.asarray(x, np.float32).view(np.uint32), out=out)
+    return found
 
 
 def from_bfloat16(x: Array) -> Array:
@@ -134,7 +140,7 @@ def _compiled(**options: Any) -> Any:
     return numba.njit(**settings) if COMPILED else lambda function: function
 
 
-_elementwise: Any = numba.vectorize(cache=True) if COMPILED else lambda function: function
+_elementwise: Any = numba.vectorize(cache=True) if COMPILED else lambda function: partial(_over_arrays, function)
 _instruction: Any = intrinsic if COMPILED else lambda function: function
 _one_for_each_type: Any = partial(overload, inline="always", strict=False) if COMPILED else lambda _: _instruction
 
@@ -152,6 +158,14 @@ def _prefetch(context: Any, x: Any, offset: Any) -> Any:
         return context.get_dummy_value()
 
     return numba.types.void(x, numba.types.intp), write
+
+
+def _over_arrays(function: Any, x: Array, out: Array | None) -> Array:
+    found: Array = function(x)
+    if out is None:
+        return found
+    out[...] = found
+    return out
 
 
 @_compiled()

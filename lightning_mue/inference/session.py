@@ -44,6 +44,17 @@ class Session:
         found: Sequence[Array] = self._session.run(None, dict(zip(self.shapes, arrays, strict=True)))
         return found
 
+    def into(self, arrays: Sequence[Array], outputs: Sequence[Array]) -> None:
+        """Run, and write the outputs where these contiguous arrays are: nothing is copied."""
+        from onnxruntime import OrtValue
+
+        binding = self._session.io_binding()
+        for name, array in zip(self.shapes, arrays, strict=True):
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        for name, array in zip(self.outputs, outputs, strict=True):
+            binding.bind_ortvalue_output(name, OrtValue.ortvalue_from_numpy(array))
+        self._session.run_with_iobinding(binding)
+
     def named(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Run on those of the arrays that it takes; return its outputs by name."""
         return dict(zip(self.outputs, self(*(arrays[name] for name in self.shapes)), strict=True))

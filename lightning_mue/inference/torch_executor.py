@@ -252,21 +252,20 @@ class TorchExecutor:
         if not missing:
             return
         with self._watch.part("memory"):
-            index = self._index(missing)
-            key, value = self.memory_rows(layer, self._memory[index])
-            stored = self._memory_kv[layer]
-            if stored is None and len(missing) == len(self._memory):
-                self._memory_kv[layer] = (key, value)
-            else:
-                if stored is None:
-                    shape = (len(self._memory), *key.shape[1:])
-                    stored = self._memory_kv[layer] = (key.new_empty(shape), value.new_empty(shape))
-                stored[0][index], stored[1][index] = key, value
+            self.project_memory(layer, missing)
             self._projected[layer].update(missing)
 
-    def memory_rows(self, layer: int, memory_RSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return K and V of one layer's cross-attention, each ``[R, heads, S, D / heads]``."""
-        return self._decoder.memory_kv(layer, memory_RSD)
+    def project_memory(self, layer: int, samples: Sequence[int]) -> None:
+        """Write K and V of samples where they stay."""
+        index, stored = self._index(samples), self._memory_kv[layer]
+        key, value = self._decoder.memory_kv(layer, self._memory[index])
+        if len(samples) == len(self._memory):
+            self._memory_kv[layer] = (key, value)
+            return
+        if stored is None:
+            shape = (len(self._memory), *key.shape[1:])
+            stored = self._memory_kv[layer] = (key.new_empty(shape), value.new_empty(shape))
+        stored[0][index], stored[1][index] = key, value
 
 
 class _RowsKV:

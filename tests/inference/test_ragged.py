@@ -228,6 +228,10 @@ def test_bfloat16_rounds_as_torch_does():
     assert np.isnan(from_bfloat16(bits)).tolist() == (~number).tolist()
     assert np.array_equal(from_bfloat16(bits)[number], expected.float().numpy()[number])
     assert to_bfloat16(x[:6].reshape(1, 2, 3)[:, :, ::2]).shape == (1, 2, 2)
+    place = np.zeros((2, len(x)), np.uint16)
+    assert to_bfloat16(x, out=place[1]) is not None
+    assert np.array_equal(place[1], bits)
+    assert not place[0].any()
 
 
 def run_alone(code, hidden=(), **environment):
@@ -251,9 +255,12 @@ def test_without_numba():
 assert not ragged.COMPILED
 ones = np.ones((1, 1, 4), np.float32)
 print(ragged.attend(ones, ones[None], ones[None], [0], [1], threads=2).tolist())
-print(ragged.to_bfloat16(np.array([1, 1 + 2**-8, 1 + 3 * 2**-8, -np.inf, np.nan], np.float32)).tolist())
+x, place = np.array([1, 1 + 2**-8, 1 + 3 * 2**-8, -np.inf, np.nan], np.float32), np.empty(5, np.uint16)
+print(ragged.to_bfloat16(x).tolist())
+ragged.to_bfloat16(x, out=place)
+print(place.tolist())
 """
-    assert run_alone(code, hidden=["numba"]).splitlines() == ["[[[1.0, 1.0, 1.0, 1.0]]]", str(ROUNDED)]
+    assert run_alone(code, hidden=["numba"]).splitlines() == ["[[[1.0, 1.0, 1.0, 1.0]]]", str(ROUNDED), str(ROUNDED)]
 
 
 @compiled_alone

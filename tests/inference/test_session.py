@@ -23,6 +23,10 @@ def test_weights_lie_beside_their_graph():
     x = np.full((30, 40), 2, np.float32)
     assert np.array_equal(session(x)[0], 2 * weight)
     assert session.named({"x": x, "more": x})["y"].tolist() == (2 * weight).tolist()
+    place = np.zeros((3, 30, 40), np.float32)
+    session.into([x], [place[1]])
+    assert np.array_equal(place[1], 2 * weight)
+    assert not place[[0, 2]].any()
 
 
 @pytest.mark.parametrize("bias", [None, np.arange(30, dtype=np.float32)])
