@@ -167,7 +167,7 @@ def _prepare(executor_of: ExecutorOf, precision: str, schedule: str, case: Case)
     exits = DecoderExits("static", lambda _step: {}, forced=case.depths[schedule])
 
     def run() -> Answer:
-        watch = _Parts(case.clock)
+        watch = Parts(case.clock)
         executor = make(None, memory_BSD, None, steps, (), watch)
         record = decode(executor, exits, [[START]] * case.batch, (), steps)
         return Answer(record.tokens, record.depths, record.pairs, watch.ms, held(executor))
@@ -182,7 +182,7 @@ def held(executor: Any) -> tuple[int, int]:
     return executor._keys.nbytes + executor._values.nbytes, sum(kv.nbytes for pair in memory for kv in pair)
 
 
-class _Parts(Stopwatch):
+class Parts(Stopwatch):
     """A stopwatch on the clock of the measurement."""
 
     def __init__(self, clock: Clock) -> None:

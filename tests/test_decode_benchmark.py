@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial, wraps
 
 import decode
+import decode_signals
 import numpy as np
 import pytest
 import targets
@@ -20,6 +21,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_mue.backbones import view
 from lightning_mue.benchmark.limits import Machine
+from lightning_mue.inference import schedule
+from lightning_mue.inference.schedule import DecoderExits
+from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
 from tests.runs import ROOT
 
@@ -373,3 +377,19 @@ def test_shapes_of_recipes_are_the_recipes(name):
     assert (shape.layers, shape.width, shape.heads, shape.ffn) == tuple(sizes)
     assert (shape.vocabulary, shape.steps) == (text["vocab_size"], generation["max_new_tokens"])
     assert shape.memory > recipe["data"]["image_tokens"]
+
+
+def test_signals_are_asked_wherever_an_exit_is_and_decide_nothing(tmp_path):
+    pytest.importorskip("onnxscript")
+    case, asked = tiny(), []
+    make = partial(torch_executor, "fp32", "sdpa")(case)
+    executor = make(None, case.memory("fp32"), None, STEPS, (), Stopwatch(None, False))
+    executor.score = lambda signal, layer, places: asked.extend((layer, *place) for place in places)
+    given = DecoderExits("static", lambda _step: {}, forced=case.depths["ragged"])
+    found = schedule.decode(decode_signals.Asking(executor, "gate", (1, 3)), given, [[START]] * ROWS, (), STEPS)
+    assert found.depths == case.depths["ragged"]
+    expected = [(k, r, t) for r in range(ROWS) for t in range(STEPS) for k in (1, 3) if given.forced[r][t] >= k]
+    assert sorted(asked) == sorted(expected)
+    decode_signals.main(["--shape", "tiny", "--batch-sizes", "3", "--repeats", "1", "--out", str(tmp_path)])
+    text = next(tmp_path.glob("decode_signals_tiny_*.md")).read_text()
+    assert text.count(" %") == 2 * len(decode_signals.SIGNALS)

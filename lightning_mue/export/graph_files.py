@@ -21,9 +21,10 @@ from lightning_mue.backbones import Backbone, DecoderStream, EncoderStream, Stre
 from lightning_mue.backbones.processor import Processor
 from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.graphs import OPSET, Graphs, quiet
+from lightning_mue.inference.int8_product import PROBE
 from lightning_mue.inference.sessions import decoder_pieces
 from lightning_mue.policy import ExitPolicy
-from lightning_mue.portable.files import SCHEMA
+from lightning_mue.portable.files import PROBE_GRAPH, SCHEMA
 from lightning_mue.portable.names import GRAPH_FOLDER, GRAPH_WEIGHTS, GRAPHS
 from lightning_mue.signals import NEEDS_LOGITS
 
@@ -47,12 +48,13 @@ def write_graphs(model: nn.Module, policy: ExitPolicy, processor: Processor, fol
     """
     store, backbone, exits = _Store(), view(model), attached(model)
     precision = policy.precision or "float32"
+    graphs = Graphs(precision)
     with torch.no_grad():
         inputs = _examples(backbone, processor)
-        for name, graph in _encoder_graphs(backbone, exits, Graphs(precision), inputs):
+        for name, graph in _encoder_graphs(backbone, exits, graphs, inputs):
             store.add(name, graph)
         needs_head = "decoder" in policy.rules and policy.rules["decoder"].signal in NEEDS_LOGITS
-        for name, graph in _decoder_graphs(backbone, exits, Graphs(precision), needs_head):
+        for name, graph in _decoder_graphs(backbone, exits, graphs, needs_head):
             store.add(name, graph)
     weight_VD, bias_V = backbone.decoder.head_weights()
     arrays = {"head_weight": weight_VD} | ({} if bias_V is None else {"head_bias": bias_V})
@@ -60,6 +62,7 @@ def write_graphs(model: nn.Module, policy: ExitPolicy, processor: Processor, fol
         "schema": SCHEMA,
         "fingerprint": found,
         "precision": precision,
+        "levels": graphs.levels,
         "decode": backbone.decode_settings(None).plain,
         "inputs": _about_inputs(backbone, processor, inputs),
         "tasks": processor.tasks,
@@ -152,6 +155,7 @@ def _decoder_graphs(
     free = {"ids": (0, 1), "positions": (0,)}
     yield "decoder/embed", _exported(backbone.model, embed, given, free, ["h_RmD"])
     yield "decoder/product", product_graph(decoder.vocab_size, decoder.width)
+    yield PROBE_GRAPH, product_graph(*PROBE)
 
 
 class _Function(nn.Module):

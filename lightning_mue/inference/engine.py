@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone, DecodeSettings, fingerprint, view
 from lightning_mue.exits import Exits, attached
-from lightning_mue.inference.answers import ClosedAnswers, calibrated_answers
+from lightning_mue.inference.answering import Answering
+from lightning_mue.inference.answers import ClosedAnswers
 from lightning_mue.inference.beam_schedule import decode_beams
 from lightning_mue.inference.beams import BeamSettings, beam_settings
 from lightning_mue.inference.check import check_policy
 from lightning_mue.inference.drafting import LONGEST, DraftLengths
 from lightning_mue.inference.encode import Encoded, OnExit, encode
 from lightning_mue.inference.output import ExitOutput, joined
-from lightning_mue.inference.request import by_group, check_inputs, check_texts, decoder_exits, longest_answer
+from lightning_mue.inference.request import by_group, check_inputs, decoder_exits, longest_answer
 from lightning_mue.inference.rows import PrefixFn, asked_once, constraint_of, of_beams, rows_of
 from lightning_mue.inference.runtime import in_precision, make_runtime
 from lightning_mue.inference.schedule import DecodeRecord, decode
@@ -29,7 +30,7 @@ from lightning_mue.policy import ExitPolicy
 from lightning_mue.prompt import read_prompts
 
 
-class ExitEngine:
+class ExitEngine(Answering):
     """Generates under an exit policy, greedily or with beams; ``ExitPolicy.full_depth()`` is the plain model.
 
     Args:
@@ -109,36 +110,14 @@ class ExitEngine:
                 parts.append((mine, engine.run(max_new_tokens, allowed, timings, given, beams=beams)[0]))
         return joined(parts, size, self.backbone.decode_settings(None).pad_id)
 
-    def answer(
-        self,
-        images: Sequence[Any],
-        prompts: Sequence[str],
-        max_new_tokens: int | None = None,
-        decoder_prompts: Sequence[str] | None = None,
-        groups: Sequence[str] | None = None,
-    ) -> list[str]:
-        """Answer one prompt for each picture, as text; only with the answers that calibration allowed, if it did.
+    def end_id(self) -> int:
+        """Return the token that ends an answer."""
+        return self.backbone.decode_settings(None).end_ids[0]
 
-        Args:
-            images: PIL pictures.
-            prompts: as many texts.
-            max_new_tokens: at most; if not given, as certified, else as the generation config says.
-            decoder_prompts: as many texts that the decoder reads before it answers.
-            groups: as many names, as in ``generate``.
-
-        Raises:
-            ValueError: the engine has no processor, or the numbers of pictures and of prompts of either kind differ.
-        """
-        if self.processor is None:
-            raise ValueError("`answer` needs a processor and this engine has none; pass one, or use `generate`.")
-        check_texts(images, prompts=prompts, decoder_prompts=decoder_prompts)
+    def place(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return tensors on the model's device."""
         device = next(self.model.parameters()).device
-        inputs = {name: tensor.to(device) for name, tensor in self.processor(images, prompts).items()}
-        if decoder_prompts is not None:
-            inputs["decoder_prompt"] = self.processor.decoder_prompts(decoder_prompts).to(device)
-        allowed = calibrated_answers(self.policy, self.processor, self.backbone.decode_settings(None).end_ids[0])
-        out = self.generate(max_new_tokens, allowed, groups=groups, **inputs)
-        return self.processor.decode(out.sequences)
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
 
     def run(
         self,

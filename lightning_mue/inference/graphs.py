@@ -38,13 +38,17 @@ class Graphs:
         folder: keeps what takes long; ``~/.cache/lightning_mue/graphs`` (or below ``XDG_CACHE_HOME``) if not given.
 
     Raises:
-        ValueError: an unknown precision.
+        ValueError: an unknown precision, or one that this machine has no exact products of.
+
+    Attributes:
+        levels: the largest integer weight of 8 bits; None in float32.
     """
 
     def __init__(self, precision: str = "float32", folder: Path | None = None) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"Graphs are of one of the precisions {list(PRECISIONS)}, got {precision!r}")
         self.precision, self._folder = precision, folder or _cache_folder()
+        self.levels = None if precision == "float32" else quantise.weight_levels()
 
     def make(self, module: nn.Module, *examples: Tensor, free: Sequence[Sequence[int]] | None = None) -> bytes:
         """Return the graph of a module.
@@ -59,12 +63,12 @@ class Graphs:
         """
         axes = tuple(tuple(range(e.ndim - 1)) for e in examples) if free is None else tuple(map(tuple, free))
         plain = with_weights(self._template(module, examples, axes), module)
-        if self.precision == "float32":
+        if self.levels is None:
             return plain
-        rounded = {"int8": quantise.by_tensor, "int8_rows": quantise.by_row}[self.precision]
-        key = hashlib.sha256(inspect.getsource(quantise).encode() + plain)
+        levels, rounded = self.levels, {"int8": quantise.by_tensor, "int8_rows": quantise.by_row}[self.precision]
+        key = hashlib.sha256(f"{levels} {inspect.getsource(quantise)}".encode() + plain)
         with quiet():
-            return self._kept(self.precision, key, lambda: rounded(plain))
+            return self._kept(self.precision, key, lambda: rounded(plain, levels))
 
     def _template(self, module: nn.Module, examples: Sequence[Tensor], free: tuple[tuple[int, ...], ...]) -> bytes:
         made_of = [repr(module), inspect.getsource(type(module)), *map(repr, sorted(_numbers(module).items()))]

@@ -23,6 +23,7 @@ from lightning_mue.inference.array_signals import (
 )
 from lightning_mue.inference.ragged import attend, to_bfloat16
 from lightning_mue.inference.schedule import Block, Place
+from lightning_mue.inference.scored import Scored
 from lightning_mue.inference.session import DecoderSessions
 from lightning_mue.inference.stopwatch import Stopwatch
 
@@ -88,14 +89,13 @@ class OrtExecutor:
         self._owner_RT: Array | None = None
         layers, self._heads = self.num_layers + 1, (-1, sessions.heads, width // sessions.heads)
         kv_shape = (layers, self.batch, sessions.heads, positions, width // sessions.heads)
-        self._keys, self._values = np.empty(kv_shape, np.float32), np.empty(kv_shape, np.float32)
-        self.states = np.empty((layers, self.batch, positions, width), np.float32)
+        self._keys, self._values = self._empty(kv_shape), self._empty(kv_shape)
+        self.states = self._empty((layers, self.batch, positions, width))
         self.ids = np.zeros((self.batch, positions + 1), np.int64)
         self._memory_kv: dict[int, Array] = {}
         self._rounded = sessions.precision != "float32"
         self._projected: list[set[int]] = [set() for _ in range(layers)]
-        self._logits: dict[int, tuple[list[Place], Array]] = {}
-        self._streaks: dict[int, tuple[int, int]] = {}
+        self._scored = Scored()
 
     def share(self, owner_RT: Array) -> None:
         """From now on position ``t`` of row ``r`` is in row ``owner_RT[r, t]``; the table may change."""
@@ -108,8 +108,7 @@ class OrtExecutor:
             places = self._where(np.array(rows)[:, None], np.arange(first, first + ids_Rm.shape[1]))
             self.ids[places] = ids_Rm
             self.states[0][places] = self._outside.embed(ids_Rm, first)
-            self._logits.clear()
-            self._streaks.clear()
+            self._scored.clear()
 
     def run_layer(self, layer: int, pending: Sequence[Block]) -> None:
         """Push all pending positions through one layer, together."""
@@ -151,10 +150,9 @@ class OrtExecutor:
             logits_RV = None
             if signal in NEEDS_LOGITS:
                 logits_RV = self.exit_logits(layer, row_R, position_R)
-                self._logits[layer] = (list(places), logits_RV)
+                self._scored.note(layer, places, logits_RV)
             if signal == "patience":
-                assert logits_RV is not None
-                return self._patience(row_R.tolist(), logits_RV.argmax(-1).tolist())
+                return self._scored.patience(layer)
             found: list[float] = self.scores(signal, layer, row_R, position_R, logits_RV).tolist()
             return found
 
@@ -171,13 +169,6 @@ class OrtExecutor:
         assert logits_RV is not None
         return OF_LOGITS[signal](logits_RV)
 
-    def _patience(self, rows: Sequence[int], tokens: list[int]) -> list[float]:
-        """Return how many exits in a row, this one included, have chosen the same token in this step (PABEE)."""
-        for row, token in zip(rows, tokens, strict=True):
-            before, count = self._streaks.get(row, (token, 0))
-            self._streaks[row] = (token, count + 1 if token == before else 1)
-        return [float(self._streaks[row][1]) for row in rows]
-
     def exit_logits(self, layer: int, row_R: Any, position_R: Any) -> Array:
         """Return the processed logits ``[R, V]`` of an exit; one position may stand for all rows."""
         row_R, position_R = np.broadcast_arrays(np.asarray(row_R), np.asarray(position_R))
@@ -188,12 +179,7 @@ class OrtExecutor:
     def choose(self, exits: Mapping[int, Sequence[Place]]) -> dict[Place, int]:
         """Arg-max tokens; exits whose logits the signal computed already cost nothing more."""
         with self._watch.part("head"):
-            chosen: dict[Place, int] = {}
-            fresh = {k: places for k, places in exits.items() if k not in self._logits}
-            for k in exits.keys() - fresh.keys():
-                order, logits_RV = self._logits[k]
-                tokens_of = dict(zip(order, logits_RV.argmax(-1).tolist(), strict=True))
-                chosen |= {place: tokens_of[place] for place in exits[k]}
+            chosen, fresh = self._scored.split(exits)
             if fresh:
                 of_exits = {k: np.array(places).T for k, places in fresh.items()}
                 h_RD = np.concatenate([self._branch(k, *at) for k, at in of_exits.items()])
@@ -234,6 +220,9 @@ class OrtExecutor:
             processed_RV[here] = found_RV
         return processed_RV
 
+    def _empty(self, shape: tuple[int, ...], kind: type = np.float32) -> Array:
+        return self._sessions.buffers.lend(self, shape, kind)
+
     def _where(self, row: Array, position: Array) -> tuple[Array, Array]:
         """Return how positions of rows are indexed in buffers, wherever they lie."""
         return row if self._owner_RT is None else self._owner_RT[row, position], position
@@ -269,7 +258,7 @@ class OrtExecutor:
         rounded, (_, heads, d), (batch, length, _) = self._rounded, self._heads, self._memory.shape
         if layer not in self._memory_kv:
             kind = np.uint16 if rounded else np.float32
-            self._memory_kv[layer] = np.empty((2, batch, heads, length, d), kind)
+            self._memory_kv[layer] = self._empty((2, batch, heads, length, d), kind)
         for first, last in _runs(samples, max(1, _TOKENS // length)):
             stored_2RHSd = self._memory_kv[layer][:, first:last]
             found_2RHSd = np.empty(stored_2RHSd.shape, np.float32) if rounded else stored_2RHSd

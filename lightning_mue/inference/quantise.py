@@ -1,18 +1,38 @@
-"""Matrices of 8 bits: how a graph's float32 matrices, and what they multiply, are rounded."""
+"""Matrices of 8 bits: how a graph's float32 matrices, and what they multiply, are rounded.
+
+x86 without VNNI adds two such products in 16 bits, where they overflow and nothing says so. There integer weights are
+half as large.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_LEVELS = 127
+from lightning_mue.inference.int8_product import PROBE, STATE_LEVELS, WEIGHT_LEVELS, largest_weight
+
 _MICROSOFT = "com.microsoft"
 
 
-def by_tensor(graph: bytes) -> bytes:
+@cache
+def weight_levels() -> int:
+    """Return the largest integer weight on this machine.
+
+    Raises:
+        ValueError: it multiplies no 8 bits exactly.
+    """
+    from lightning_mue.inference.product_graph import product_graph
+
+    if (levels := largest_weight(product_graph(*PROBE), *PROBE)) is None:
+        raise ValueError("ONNX Runtime's products of 8 bits are not exact on this machine; take precision 'float32'")
+    return levels
+
+
+def by_tensor(graph: bytes, levels: int) -> bytes:
     """Round weights with one scale for each output, and what they multiply with one scale for all of it.
 
     The fastest form; what a row gets depends a little on the rows beside it.
@@ -22,11 +42,12 @@ def by_tensor(graph: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         plain, quantised = Path(folder, "plain.onnx"), Path(folder, "quantised.onnx")
         plain.write_bytes(_folded(graph))
-        quantize_dynamic(plain, quantised, per_channel=True, weight_type=QuantType.QInt8)
+        less = levels < WEIGHT_LEVELS[0]
+        quantize_dynamic(plain, quantised, per_channel=True, reduce_range=less, weight_type=QuantType.QInt8)
         return quantised.read_bytes()
 
 
-def by_row(graph: bytes) -> bytes:
+def by_row(graph: bytes, levels: int) -> bytes:
     """Round weights with one scale for each output, and what they multiply with a scale for each of its rows.
 
     What a row gets is its own, to the last bit, and one with large numbers takes no precision from the others.
@@ -45,7 +66,7 @@ def by_row(graph: bytes) -> bytes:
         if node.op_type == "Gemm" and _attributes(node) != {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}:
             raise ValueError(f"A product of this kind is not known: {node.name} {_attributes(node)}")
         matrix_DV = matrix_DV.T if node.op_type == "Gemm" else matrix_DV
-        nodes += _product(model.graph, node, matrix_DV)
+        nodes += _product(model.graph, node, matrix_DV, levels)
         model.graph.initializer.remove(weight)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -54,19 +75,19 @@ def by_row(graph: bytes) -> bytes:
     return data
 
 
-def _product(graph: Any, node: Any, matrix_DV: np.ndarray) -> list[Any]:
+def _product(graph: Any, node: Any, matrix_DV: np.ndarray, levels: int) -> list[Any]:
     """Return the nodes of ``x @ matrix + bias``, with ``x`` in units of its rows; their constants go into the graph.
 
     The product's own bias is not used: it would be multiplied with the rows' scales.
     """
     from onnx import helper, numpy_helper
 
-    scale_V = np.maximum(np.abs(matrix_DV).max(0) / _LEVELS, np.finfo(np.float32).tiny).astype(np.float32)
+    scale_V = np.maximum(np.abs(matrix_DV).max(0) / levels, np.finfo(np.float32).tiny).astype(np.float32)
     constants = {
         "weight": np.rint(matrix_DV / scale_V).astype(np.int8),
         "scale": scale_V,
         "last": np.array([-1], np.int64),
-        "share": np.float32(1 / _LEVELS),
+        "share": np.float32(1 / STATE_LEVELS),
         "least": np.finfo(np.float32).tiny,
         "one": np.float32(1),
         "zero": np.uint8(128),

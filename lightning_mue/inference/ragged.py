@@ -140,7 +140,8 @@ def _compiled(**options: Any) -> Any:
     return numba.njit(**settings) if COMPILED else lambda function: function
 
 
-_elementwise: Any = numba.vectorize(cache=True) if COMPILED else lambda function: partial(_over_arrays, function)
+_over_arrays: Any = lambda function: lambda x, out=None: np.positive(function(x), out=out)  # noqa: E731
+_elementwise: Any = numba.vectorize(cache=True) if COMPILED else _over_arrays
 _instruction: Any = intrinsic if COMPILED else lambda function: function
 _one_for_each_type: Any = partial(overload, inline="always", strict=False) if COMPILED else lambda _: _instruction
 
@@ -158,14 +159,6 @@ def _prefetch(context: Any, x: Any, offset: Any) -> Any:
         return context.get_dummy_value()
 
     return numba.types.void(x, numba.types.intp), write
-
-
-def _over_arrays(function: Any, x: Array, out: Array | None) -> Array:
-    found: Array = function(x)
-    if out is None:
-        return found
-    out[...] = found
-    return out
 
 
 @_compiled()

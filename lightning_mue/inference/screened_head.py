@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import onnxruntime as ort
+from lightning_mue.inference.int8_product import STATE_LEVELS, WEIGHT_LEVELS, Int8Product, largest_weight
 
 Process = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Rows ``[R]``, scores ``[R, V]`` -> scores ``[R, V]``. It may write into the scores it is given."""
@@ -31,10 +29,6 @@ Process = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Bounds = tuple[np.ndarray, np.ndarray]
 """Upper bounds ``[R, V]`` of the products, and the unit ``[R]`` in which each row's are given."""
 
-WEIGHT_LEVELS = (127, 63)
-"""Largest integer weight, tried in turn: x86 without VNNI adds two products in 16 bits, which 63 cannot overflow."""
-
-_STATE_LEVELS = 127
 _LIMB = 255
 """States in 16 bits are ``255 high + low``, both limbs in -127..127."""
 
@@ -88,7 +82,7 @@ class ScreenedHead:
             from lightning_mue.inference.product_graph import product_graph  # a bundle has the graph, and needs no onnx
 
             graph = product_graph(vocabulary, width)
-        levels = next((n for n in WEIGHT_LEVELS if _is_exact(n, vocabulary, width, graph)), None)
+        levels = largest_weight(graph, vocabulary, width)
         quantised_VD, scale_V, self._norms_2V = _quantise_weights(weight_VD, levels or WEIGHT_LEVELS[-1])
         self._screens: list[Callable[[np.ndarray], Bounds]] = [self._full]
         if levels is not None:  # else the int8 product is wrong on this machine, and every row is a full one
@@ -125,13 +119,13 @@ class ScreenedHead:
 
     def _coarse(self, h_RD: np.ndarray) -> Bounds:
         """Bounds from states in 8 bits."""
-        p_RD, unit_R, sizes_2 = _rounded_states(h_RD, _STATE_LEVELS)
+        p_RD, unit_R, sizes_2 = _rounded_states(h_RD, STATE_LEVELS)
         return self._product(p_RD, sizes_2), unit_R
 
     def _fine(self, h_RD: np.ndarray) -> Bounds:
         """Bounds from states in 16 bits."""
         self.refined_rows += len(h_RD)
-        p_RD, unit_R, sizes_2 = _rounded_states(h_RD, _LIMB * _STATE_LEVELS + _STATE_LEVELS)
+        p_RD, unit_R, sizes_2 = _rounded_states(h_RD, _LIMB * STATE_LEVELS + STATE_LEVELS)
         high_RD = np.rint(p_RD / _LIMB)
         limbs_RD = np.concatenate([high_RD, p_RD - _LIMB * high_RD])
         upper_RV, low_RV = np.split(self._product(limbs_RD, sizes_2 / (_LIMB + 1)), 2)  # 255 such errors and one more
@@ -197,63 +191,6 @@ class ScreenedHead:
             raise ValueError(f"States must be float32 [R, {width}], got {h_RD.dtype} {list(h_RD.shape)}")
         if not np.isfinite(h_RD).all():
             raise ValueError("States must be finite, got nan or inf: look at the layers below the head")
-
-
-class Int8Product:
-    """``scale * (p @ weight) + sizes @ norms``: 8-bit states ``p``, int8 weights, all else float32; on ONNX Runtime."""
-
-    def __init__(
-        self, weight_VD: np.ndarray, scale_V: np.ndarray, norms_2V: np.ndarray, threads: int, graph: bytes
-    ) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        self._value = ort.OrtValue.ortvalue_from_numpy
-        self._weights = {"weight": np.ascontiguousarray(weight_VD.T), "scale": scale_V, "norms": norms_2V}
-        given = [self._value(array) for array in self._weights.values()]
-        options.add_external_initializers([*self._weights], given)
-        self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self._sizes_2 = np.zeros(2, np.float32)
-        self._states_RD = np.zeros((0, weight_VD.shape[1]), np.uint8)
-        self._out_RV = np.zeros((0, len(weight_VD)), np.float32)
-        self._bindings: dict[int, ort.IOBinding] = {}
-
-    def __call__(self, p_RD: np.ndarray, sizes_2: np.ndarray) -> np.ndarray:
-        """Return ``[R, V]`` for integers within -128..127, in a buffer that the next call overwrites."""
-        rows = len(p_RD)
-        if rows > len(self._out_RV):
-            self._bindings.clear()
-            self._states_RD = np.empty((rows, self._states_RD.shape[1]), np.uint8)
-            self._out_RV = np.empty((rows, self._out_RV.shape[1]), np.float32)
-        binding = self._bindings.get(rows) or self._bind(rows)
-        np.add(p_RD, 128, out=self._states_RD[:rows], casting="unsafe")
-        self._sizes_2[:] = sizes_2
-        self._session.run_with_iobinding(binding)
-        return self._out_RV[:rows]
-
-    def _bind(self, rows: int) -> ort.IOBinding:
-        """Return the graph bound to the buffers' first rows; a binding keeps no buffer alive, this object does."""
-        binding = self._bindings[rows] = self._session.io_binding()
-        for name, array in (("states", self._states_RD[:rows]), ("sizes", self._sizes_2)):
-            binding.bind_ortvalue_input(name, self._value(array))
-        binding.bind_ortvalue_output("out", self._value(self._out_RV[:rows]))
-        return binding
-
-
-def _is_exact(levels: int, vocabulary: int, width: int, graph: bytes) -> bool:
-    """Return whether the product is that of integers at its extremes, for one row and for many."""
-    rng = np.random.default_rng(0)
-    weight_VD = levels * rng.choice(np.array([-1, 1], np.int8), (48, width))
-    weight_VD[0] = levels
-    weight_VD = np.resize(weight_VD, (vocabulary, width))
-    states_RD = _STATE_LEVELS * rng.choice([-1, 1], (9, width))
-    states_RD[0] = _STATE_LEVELS
-    scale_V, norms_2V = np.ones(vocabulary, np.float32), np.zeros((2, vocabulary), np.float32)
-    product = Int8Product(weight_VD, scale_V, norms_2V, 1, graph)
-    expected_RV = (states_RD @ weight_VD[:48].T.astype(np.int64)).astype(np.float32)
-    expected_RV = expected_RV[:, np.arange(vocabulary) % 48]
-    return all(np.array_equal(product(states_RD[:rows], np.zeros(2)), expected_RV[:rows]) for rows in (1, 9))
 
 
 def _quantise_weights(weight_VD: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

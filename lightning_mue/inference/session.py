@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
+from lightning_mue.inference.buffers import Buffers
 from lightning_mue.inference.screened_head import ScreenedHead
 from lightning_mue.inference.small_head import MOST_WEIGHTS, SmallHead
 
@@ -84,6 +85,7 @@ class DecoderSessions:
         bias_V: the head's bias, or None.
         make_head: makes what gives all logits, which only some signals need.
         product: the graph of the screened head's product; made if not given.
+        buffers: of the states and K/V of decodes.
     """
 
     layers: Sequence[LayerSessions]
@@ -95,6 +97,7 @@ class DecoderSessions:
     bias_V: Array | None
     make_head: Callable[[], Head]
     product: bytes | None = None
+    buffers: Buffers = field(default_factory=Buffers)
 
     @cached_property
     def head(self) -> Head:

@@ -17,6 +17,7 @@ from lightning_mue.backbones import Backbone
 from lightning_mue.backbones.stream import TokenProcessor, causal_mask
 from lightning_mue.exits import Exits
 from lightning_mue.inference.schedule import Block, Place
+from lightning_mue.inference.scored import Scored
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.signals import NEEDS_LOGITS, OF_LOGITS, flat_similarity, similarity
 
@@ -70,8 +71,7 @@ class TorchExecutor:
         self.ids = torch.zeros(self.batch, positions + 1, dtype=torch.long, device=memory_BSD.device)
         self._memory_kv: list[tuple[Tensor, Tensor] | None] = [None] * (decoder.num_layers + 1)
         self._projected: list[set[int]] = [set() for _ in range(decoder.num_layers + 1)]
-        self._logits: dict[int, tuple[list[Place], Tensor]] = {}
-        self._streaks: dict[int, tuple[int, int]] = {}
+        self._scored = Scored()
 
     def share(self, owner_RT: np.ndarray) -> None:
         """From now on position ``t`` of row ``r`` is in row ``owner_RT[r, t]``; the table may change."""
@@ -85,8 +85,7 @@ class TorchExecutor:
             block = slice(first, first + new_Rm.shape[1])
             self.ids[index, block] = new_Rm
             self.states[0, index, block] = self._decoder.embed(new_Rm, first)
-            self._logits.clear()
-            self._streaks.clear()
+            self._scored.clear()
 
     def run_layer(self, layer: int, pending: Sequence[Block]) -> None:
         """Push blocks of positions through one layer; its memory K/V are projected when rows first reach it."""
@@ -121,14 +120,12 @@ class TorchExecutor:
             return [1.0] * len(places)
         with self._watch.part("signals"):
             index, position = self._at(places)
+            logits_RV = None
             if signal in NEEDS_LOGITS:
                 logits_RV = self.exit_logits(layer, index, position)
-                self._logits[layer] = (list(places), logits_RV)
-            else:
-                logits_RV = None
+                self._scored.note(layer, places, logits_RV)
             if signal == "patience":
-                assert logits_RV is not None
-                return self._patience([row for row, _ in places], logits_RV.argmax(-1).tolist())
+                return self._scored.patience(layer)
             return self.scores(signal, layer, index, position, logits_RV).tolist()
 
     def scores(self, signal: str, layer: int, index: Index, position: Position, logits_RV: Tensor | None) -> Tensor:
@@ -148,13 +145,6 @@ class TorchExecutor:
     def _shortlist_head(self) -> Callable[[Tensor], Tensor] | None:
         assert self._exits is not None
         return self._exits.shortlist_head(self._decoder)
-
-    def _patience(self, rows: Sequence[int], tokens: list[int]) -> list[float]:
-        """Return how many exits in a row, this one included, have chosen the same token in this step (PABEE)."""
-        for row, token in zip(rows, tokens, strict=True):
-            before, count = self._streaks.get(row, (token, 0))
-            self._streaks[row] = (token, count + 1 if token == before else 1)
-        return [float(self._streaks[row][1]) for row in rows]
 
     def exit_logits(self, layer: int, index: Index, position: Position) -> Tensor:
         """Return the processed logits ``[R, V]`` of an exit: adapter, shared norm, shared head."""
@@ -177,13 +167,7 @@ class TorchExecutor:
     def choose(self, exits: Mapping[int, Sequence[Place]]) -> dict[Place, int]:
         """Arg-max tokens; exits whose logits the signal computed already cost nothing more."""
         with self._watch.part("head"):
-            known = {k: v for k, v in exits.items() if k in self._logits}
-            fresh = {k: v for k, v in exits.items() if k not in self._logits}
-            chosen: dict[Place, int] = {}
-            for layer, group in known.items():
-                order, logits_RV = self._logits[layer]
-                tokens_of = dict(zip(order, logits_RV.argmax(-1).tolist(), strict=True))
-                chosen |= {place: tokens_of[place] for place in group}
+            chosen, fresh = self._scored.split(exits)
             if fresh:
                 places = [place for group in fresh.values() for place in group]
                 branches = [self._branch(k, *self._at(group)) for k, group in fresh.items()]

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_mue.inference.answers import ClosedAnswers, calibrated_answers
+from lightning_mue.inference.answering import Answering
+from lightning_mue.inference.answers import ClosedAnswers
 from lightning_mue.inference.beam_schedule import decode_beams
 from lightning_mue.inference.beams import BeamSettings, beam_settings
 from lightning_mue.inference.drafting import LONGEST, DraftLengths
 from lightning_mue.inference.ort_executor import OrtExecutor
 from lightning_mue.inference.output import ExitOutput, joined
-from lightning_mue.inference.request import by_group, check_inputs, check_texts, decoder_exits, longest_answer
+from lightning_mue.inference.request import by_group, check_inputs, decoder_exits, longest_answer
 from lightning_mue.inference.rows import PrefixFn, asked_once, constraint_of, of_beams, rows_of
 from lightning_mue.inference.schedule import DecodeRecord, decode
 from lightning_mue.inference.stopwatch import Stopwatch
@@ -33,7 +34,7 @@ from lightning_mue.prompt import read_prompts
 Array = np.ndarray
 
 
-class PortableEngine:
+class PortableEngine(Answering):
     """Generates as `ExitEngine` does, from arrays to arrays; the policy is the bundle's.
 
     Args:
@@ -95,33 +96,10 @@ class PortableEngine:
                 parts.append((mine, self._run(policy, allowed, rows_of(given, [*given], mine), *how)))
         return joined(parts, size, self.files.facts["decode"]["pad_id"])
 
-    def answer(
-        self,
-        images: Sequence[Any],
-        prompts: Sequence[str],
-        max_new_tokens: int | None = None,
-        decoder_prompts: Sequence[str] | None = None,
-        groups: Sequence[str] | None = None,
-    ) -> list[str]:
-        """Answer one prompt for each picture, as text; only with the answers that calibration allowed, if it did.
-
-        Args:
-            images: PIL pictures.
-            prompts: as many texts.
-            max_new_tokens: at most; if not given, as certified, else as the generation config says.
-            decoder_prompts: as many texts that the decoder reads before it answers.
-            groups: as many names, as in ``generate``.
-
-        Raises:
-            ValueError: the numbers of pictures and of prompts of either kind differ.
-        """
-        check_texts(images, prompts=prompts, decoder_prompts=decoder_prompts)
-        inputs: dict[str, Any] = self.processor(images, prompts)
-        if decoder_prompts is not None:
-            inputs["decoder_prompt"] = self.processor.decoder_prompts(decoder_prompts)
-        allowed = calibrated_answers(self.policy, self.processor, self.files.facts["decode"]["end_ids"][0])
-        out = self.generate(max_new_tokens, allowed, groups=groups, **inputs)
-        return self.processor.decode(np.asarray(out.sequences))
+    def end_id(self) -> int:
+        """Return the token that ends an answer."""
+        end_id: int = self.files.facts["decode"]["end_ids"][0]
+        return end_id
 
     def _run(
         self,

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from lightning_mue.inference.int8_product import PROBE, largest_weight
 from lightning_mue.inference.session import Session
 from lightning_mue.portable.names import GRAPH_FOLDER, GRAPH_WEIGHTS, GRAPHS
 
-SCHEMA = 1
+SCHEMA = 2
+PROBE_GRAPH = "int8/probe"
+"""A product of 8 bits, with which a machine is asked how it multiplies."""
 _TYPES = {"F32": np.float32, "I8": np.int8, "U8": np.uint8, "I32": np.int32, "I64": np.int64}
 """What safetensors calls a type; graphs hold no others."""
 
@@ -31,7 +34,7 @@ class GraphFiles:
         facts: what ``graphs.json`` says of the model.
 
     Raises:
-        ValueError: graphs of another schema.
+        ValueError: graphs of another schema, or of weights that overflow on this machine.
     """
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
@@ -42,6 +45,7 @@ class GraphFiles:
         self._folder, self._graphs = folder / GRAPH_FOLDER, self.facts["graphs"]
         self._arrays = _read_safetensors(folder / GRAPH_WEIGHTS)
         self.session = cache(self._session)
+        self._check_levels()
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a graph of this name; what changes nothing has none."""
@@ -61,6 +65,16 @@ class GraphFiles:
     def array(self, name: str) -> Array:
         """Return an array of those that no graph holds."""
         return self._arrays[self.facts["arrays"][name]]
+
+    def _check_levels(self) -> None:
+        if (levels := self.facts["levels"]) is None:
+            return
+        largest = largest_weight(self.graph(PROBE_GRAPH), *PROBE)
+        if largest is None or largest < levels:
+            raise ValueError(
+                f"The bundle's weights of 8 bits go up to {levels}, and this machine adds their products exactly up to "
+                f"{largest or 'none'} (x86 without VNNI); freeze the model on such a machine, or in float32."
+            )
 
     def _session(self, name: str) -> Session:
         weights = {place: self._arrays[which] for place, which in self._graphs[name]["weights"].items()}

@@ -45,9 +45,9 @@ def world(seed, n, changed):
 
 
 def test_the_score_is_cocos_and_the_interval_scipys():
-    full, ours, references = captions(0, 150, 0.4)
+    full, ours, references = captions(0, 100, 0.4)
     expected, _ = CocoBleu(4).compute_score(*for_coco(ours, references), verbose=0)
-    names = [f"{i:04d}" for i in range(150)]
+    names = [f"{i:04d}" for i in range(100)]
     counts, full_counts = counted(ours, references), counted(full, references)
     assert score_of("bleu", counts, names) == pytest.approx(expected[3], abs=1e-9)
 
@@ -56,7 +56,7 @@ def test_the_score_is_cocos_and_the_interval_scipys():
         best, _ = CocoBleu(4).compute_score(*for_coco([full[i] for i in index], [references[i] for i in index]), 0)
         return found[3] / best[3]
 
-    expected = bootstrap((np.arange(150),), kept, vectorized=False, n_resamples=600, method="percentile", rng=1)
+    expected = bootstrap((np.arange(100),), kept, vectorized=False, n_resamples=400, method="percentile", rng=1)
     found = kept_interval("bleu", counts, full_counts, names, 0.95, 0)
     assert found == pytest.approx(tuple(expected.confidence_interval), abs=0.01)
     assert found[1] - found[0] > 0.02
@@ -72,11 +72,11 @@ def test_samples_of_a_cluster_are_drawn_together():
 
 
 def test_at_the_boundary_it_errs_about_as_often_as_it_says():
-    full, ours, _ = world(2, 50_000, 0.3)  # the source
-    keep = score_of("bleu", ours, range(50_000)) / score_of("bleu", full, range(50_000))
-    rng, passed, runs = np.random.default_rng(0), 0, 300
+    full, ours, _ = world(2, 20_000, 0.3)  # the source
+    keep = score_of("bleu", ours, range(20_000)) / score_of("bleu", full, range(20_000))
+    rng, passed, runs = np.random.default_rng(0), 0, 200
     for _ in range(runs):
-        drawn = rng.integers(0, 50_000, 400)
+        drawn = rng.integers(0, 20_000, 400)
         result = p_value(Promise("bleu", keep=keep), ours[drawn], full[drawn], np.zeros(400, bool), range(400), 0.95, 0)
         passed += result.p <= 0.05
     assert 0.015 < passed / runs < 0.09
@@ -122,8 +122,8 @@ def test_identical_outputs_on_few_samples_prove_nothing():
 
 
 def test_within_a_budget_the_bound_is_a_quantile_of_what_is_kept():
-    full, ours, names = world(5, 400, 0.2)
-    bound = kept_bound(Promise("bleu", keep=0.9), ours, full, np.zeros(400, bool), names, 0.95, 0)
+    full, ours, names = world(5, 200, 0.2)
+    bound = kept_bound(Promise("bleu", keep=0.9), ours, full, np.zeros(200, bool), names, 0.95, 0)
     low, _ = kept_interval("bleu", ours, full, names, 0.90, 0)
     assert bound == pytest.approx(low, abs=0.0015)
 

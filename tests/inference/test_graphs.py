@@ -94,6 +94,36 @@ def test_in_8_bits(tmp_path, monkeypatch):
     assert Graphs("int8", tmp_path).make(module, *tensors) == graph
 
 
+@pytest.mark.parametrize("precision", ["int8", "int8_rows"])
+@torch.no_grad()
+def test_where_products_overflow_weights_are_smaller(tmp_path, monkeypatch, precision):
+    onnx = pytest.importorskip("onnx")
+    decoder = view(zoo.make("florence2")).decoder
+    module, tensors = decoder.pieces(2).after, examples("after", decoder.width, 1, n=9)
+
+    def largest():
+        model = onnx.ModelProto.FromString(Graphs(precision, tmp_path).make(module, *tensors))
+        integers = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2]
+        assert integers
+        return max(np.abs(onnx.numpy_helper.to_array(tensor).astype(int)).max() for tensor in integers)
+
+    quantise.weight_levels.cache_clear()
+    assert largest() == 127
+    monkeypatch.setattr(quantise, "weight_levels", lambda: 63)
+    assert 60 <= largest() <= 64  # 64 too: 255 * 64 * 2 lies within 16 bits
+    graph = Graphs(precision, tmp_path).make(module, *tensors)
+    (ours,), (theirs,) = run(graph, *tensors), outputs(module, *tensors)
+    assert np.abs(ours - theirs).max() < 0.15 * np.abs(theirs).max()
+
+
+def test_a_machine_without_exact_products_has_no_8_bits(monkeypatch):
+    monkeypatch.setattr(quantise, "largest_weight", lambda *_: None)
+    quantise.weight_levels.cache_clear()
+    with pytest.raises(ValueError, match="not exact on this machine; take precision 'float32'"):
+        Graphs("int8")
+    assert Graphs().levels is None
+
+
 @pytest.mark.parametrize("name", ["before", "between", "after", "memory"])
 @torch.no_grad()
 def test_in_8_bits_by_row(tmp_path, name):

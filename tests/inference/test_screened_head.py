@@ -12,7 +12,8 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from lightning_mue.inference import screened_head
+from lightning_mue.inference import int8_product, screened_head
+from lightning_mue.inference.product_graph import product_graph
 from lightning_mue.inference.screened_head import Int8Product, ScreenedHead
 
 V, D, R = 1003, 96, 7
@@ -276,12 +277,13 @@ def test_saturating_products_get_smaller_weights(monkeypatch, width):
     weight = _normal(300, width)
     weight[0] = 3.0  # all at the largest integer
     h = np.concatenate([np.ones((1, width), np.float32), _normal(5, width, seed=1)])
-    monkeypatch.setattr(screened_head, "Int8Product", _Saturating)
+    for module in (screened_head, int8_product):
+        monkeypatch.setattr(module, "Int8Product", _Saturating)
     head = ScreenedHead(weight, threads=1)
     assert np.abs(head._product.weight_VD).max() == 63
     assert head.argmax(h).tolist() == _scores(weight, h).argmax(1).tolist()
     assert head.full_rows == 0
-    monkeypatch.setattr(screened_head, "WEIGHT_LEVELS", (127,))  # and where nothing helps, no int8 at all
+    monkeypatch.setattr(int8_product, "WEIGHT_LEVELS", (127,))  # and where nothing helps, no int8 at all
     head = ScreenedHead(weight, threads=1)
     assert head.argmax(h).tolist() == _scores(weight, h).argmax(1).tolist()
     assert (head.rows, head.refined_rows, head.full_rows) == (6, 0, 6)
@@ -311,3 +313,12 @@ def test_torch_is_not_needed():
     path = screened_head.__file__
     code = f"import runpy, sys; runpy.run_path({path!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_machine_is_asked_how_large_weights_may_be(monkeypatch):
+    graph = product_graph(*int8_product.PROBE)
+    assert int8_product.largest_weight(graph, *int8_product.PROBE) in int8_product.WEIGHT_LEVELS
+    monkeypatch.setattr(int8_product, "Int8Product", _Saturating)
+    assert int8_product.largest_weight(graph, *int8_product.PROBE) == 63
+    monkeypatch.setattr(int8_product, "WEIGHT_LEVELS", (127,))
+    assert int8_product.largest_weight(graph, *int8_product.PROBE) is None

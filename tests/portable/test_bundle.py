@@ -196,7 +196,7 @@ def test_another_schema_is_refused(bundle):
     facts = json.loads((bundle / "graphs.json").read_text())
     (bundle / "graphs.json").write_text(json.dumps(facts | {"schema": 99}))
     write_manifest(bundle)
-    with pytest.raises(ValueError, match="must be of schema 1, got 99; freeze the model again"):
+    with pytest.raises(ValueError, match="must be of schema 2, got 99; freeze the model again"):
         mue.load(bundle)
 
 

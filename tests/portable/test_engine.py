@@ -8,6 +8,8 @@ from lightning_mue.exits import attached
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.answers import only_answers
 from lightning_mue.policy import KV_FILLS, ExitPolicy, ExitRule
+from lightning_mue.portable import files
+from lightning_mue.portable.engine import PortableEngine
 from tests import zoo
 from tests.invariants.policies import CLOSED, STEPS, decoder_rule, encoder_rules, mixed
 from tests.portable.conftest import make_frozen
@@ -147,7 +149,7 @@ def test_timings(frozen):
     assert {"total", "embed", "layers", "memory", "head", *streams} <= set(out.timings)
 
 
-def test_8_bits_are_those_of_the_runtime(tmp_path):
+def test_8_bits_are_those_of_the_runtime(tmp_path, monkeypatch):
     """The same graphs: what leaves torch is the same arithmetic, to the token."""
     frozen = make_frozen("florence2_one_way", tmp_path / "bundle", "int8")
     tensors = zoo.inputs(frozen.name, ROWS)
@@ -158,6 +160,9 @@ def test_8_bits_are_those_of_the_runtime(tmp_path):
     size = (frozen.folder / "weights.safetensors").stat().st_size
     # Weights of tiny layers are few; all of them but embeddings, head and what lies outside the layers have 8 bits.
     assert size < 0.75 * sum(p.numel() * 4 for p in frozen.model.parameters())
+    monkeypatch.setattr(files, "largest_weight", lambda *_: 63)
+    with pytest.raises(ValueError, match="go up to 127, and this machine adds their products exactly up to 63"):
+        PortableEngine(frozen.folder)
 
 
 @pytest.mark.parametrize(
