@@ -78,14 +78,8 @@ def attend(
 
 
 def to_bfloat16(x: Array, out: Array | None = None) -> Array:
-    """Return float32 numbers as the bits of bfloat16: to the nearest, ties to even; NaN stays NaN.
-
-    Args:
-        x: of any shape.
-        out: uint16 of that shape, written and returned. Default: a new array.
-    """
-    found: Array = _nearest(np.asarray(x, np.float32).view(np.uint32), out=out)
-    return found
+    """Return float32 numbers as the bits of bfloat16, in ``out`` if given: to the nearest, ties to even; NaN stays NaN."""
+    return _nearest(np.asarray(x, np.float32).view(np.uint32), out=out)
 
 
 def from_bfloat16(x: Array) -> Array:
@@ -140,8 +134,7 @@ def _compiled(**options: Any) -> Any:
     return numba.njit(**settings) if COMPILED else lambda function: function
 
 
-_over_arrays: Any = lambda function: lambda x, out=None: np.positive(function(x), out=out)  # noqa: E731
-_elementwise: Any = numba.vectorize(cache=True) if COMPILED else _over_arrays
+_elementwise: Any = numba.vectorize(cache=True) if COMPILED else lambda f: lambda x, out: np.positive(f(x), out=out)
 _instruction: Any = intrinsic if COMPILED else lambda function: function
 _one_for_each_type: Any = partial(overload, inline="always", strict=False) if COMPILED else lambda _: _instruction
 
