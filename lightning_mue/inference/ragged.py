@@ -78,7 +78,7 @@ def attend(
 
 
 def to_bfloat16(x: Array, out: Array | None = None) -> Array:
-    """Return float32 numbers as the bits of bfloat16, in ``out`` if given: to the nearest, ties to even; NaN stays NaN."""
+    """Return float32 numbers as bits of bfloat16, in ``out`` if given: to the nearest, ties to even; NaN stays NaN."""
     return _nearest(np.asarray(x, np.float32).view(np.uint32), out=out)
 
 
