@@ -80,6 +80,10 @@ def _joint_pass(
 @contextmanager
 def left_after(model: Any, stream: str, depth: int):
     """Cut the layers above ``depth`` off a stream, put the exit's adapter at the end; give the layers back after."""
+    if (coca := getattr(model, "coca", None)) is not None:
+        with _coca_left_after(model, coca, stream, depth):
+            yield
+        return
     language = model.model.language_model
     owner, name = {
         "vision": (model.model.vision_tower.blocks, "2"),  # the third stage is the long one
@@ -102,6 +106,26 @@ def left_after(model: Any, stream: str, depth: int):
         setattr(owner, name, layers)
 
 
+@contextmanager
+def _coca_left_after(model: Any, coca: Any, stream: str, depth: int):
+    """The same for open_clip's towers; of the decoder all of the unimodal half stays."""
+    stacks = [(coca.visual.transformer, "resblocks")]
+    if stream == "decoder":
+        depth -= len(coca.text.transformer.resblocks)
+        stacks = [(coca.text_decoder, "resblocks"), (coca.text_decoder, "cross_attn")]
+    whole = [getattr(*stack) for stack in stacks]
+    at = depth + (len(coca.text.transformer.resblocks) if stream == "decoder" else 0)
+    hook = whole[-1][depth - 1].register_forward_hook(lambda _l, _a, h_BTD: attached(model).adapt(stream, at, h_BTD))
+    for (owner, name), layers in zip(stacks, whole, strict=True):
+        setattr(owner, name, layers[:depth])
+    try:
+        yield
+    finally:
+        hook.remove()
+        for (owner, name), layers in zip(stacks, whole, strict=True):
+            setattr(owner, name, layers)
+
+
 def generate(
     model: Any, tensors: Mapping[str, Tensor], depths: Mapping[str, int] | None = None, **settings: Any
 ) -> Tensor:
@@ -122,17 +146,46 @@ def decoder_states(model: Any, tensors: Mapping[str, Tensor], ids_BT: Tensor) ->
 
     Where a final norm follows the last layer, the last states are those after it.
     """
+    if (coca := getattr(model, "coca", None)) is not None:
+        return _coca_states(model, coca, tensors, ids_BT)
     with torch.no_grad():
         out = model(**inputs(model, tensors), decoder_input_ids=ids_BT, output_hidden_states=True)
     return list(out.decoder_hidden_states), out.logits
 
 
+@torch.no_grad()
+def _coca_states(model: Any, coca: Any, tensors: Mapping[str, Tensor], ids_BT: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Listen at open_clip's blocks during its own forward; its [CLS], which comes last, is not of the decoder."""
+    states, length = [], ids_BT.shape[1]
+    with ExitStack() as stack:
+        first = coca.text.transformer
+        stack.callback(first.register_forward_pre_hook(lambda _l, args: states.append(args[0])).remove)
+        for block in (*first.resblocks, *coca.text_decoder.cross_attn):
+            stack.callback(block.register_forward_hook(lambda _l, _a, h_BTD: states.append(h_BTD)).remove)
+        stack.callback(coca.text_decoder.ln_final.register_forward_hook(lambda _l, _a, h: states.append(h)).remove)
+        logits_BTV = coca(tensors["pixel_values"], ids_BT, output_labels=False)["logits"]
+    *states, _, normed = [h_BTD[:, :length] for h_BTD in states]
+    return [*states, normed], logits_BTV
+
+
+def suppressed(model: Any, logits: Tensor) -> Tensor:
+    """Return logits, or their logarithms, without the tokens that may never be chosen."""
+    barred = torch.zeros(logits.shape[-1], dtype=torch.bool)
+    barred[model.generation_config.suppress_tokens or []] = True
+    return logits.masked_fill(barred, -torch.inf)
+
+
 def final_norm(model: Any) -> nn.Module:
     """Return what the decoder applies after its last layer: mBART's norm, nothing for BART."""
+    if (coca := getattr(model, "coca", None)) is not None:
+        return coca.text_decoder.ln_final
     return getattr(model.model.language_model.decoder, "layer_norm", nn.Identity())
 
 
 def exit_logits(model: Any, layer: int, h_BTD: Tensor) -> Tensor:
     """Return the logits of the decoder exit after ``layer``: adapter, the backbone's final norm if any, its head."""
     with torch.no_grad():
-        return model.lm_head(final_norm(model)(attached(model).adapters[f"decoder_{layer}"](h_BTD)))
+        normed = final_norm(model)(attached(model).adapters[f"decoder_{layer}"](h_BTD))
+        if (coca := getattr(model, "coca", None)) is None:
+            return model.lm_head(normed)
+        return suppressed(model, normed @ coca.text_decoder.text_projection)

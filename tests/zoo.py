@@ -74,6 +74,46 @@ def florence2_inputs(batch: int, seed: int = 0, prompt: int = 6) -> dict[str, Te
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
 
 
+def tiny_coca() -> nn.Module:
+    """A unimodal half of 2 layers below a multimodal one of 4, and weights large enough to say different things."""
+    model = build_backbone(
+        {
+            "model_type": "open_clip_coca",
+            "embed_dim": 32,
+            "vision_cfg": {
+                "image_size": 64,
+                "patch_size": 16,
+                "width": 24,
+                "layers": 4,
+                "head_width": 6,
+                "attn_pooler_queries": 6,
+                "attn_pooler_heads": 4,
+            },
+            "text_cfg": {"context_length": 64, "vocab_size": VOCABULARY, "width": 32, "heads": 4, "layers": 2},
+            "multimodal_cfg": {"context_length": 64, "width": 32, "heads": 4, "layers": 4},
+            "generation_config": {
+                "decoder_start_token_id": START,
+                "eos_token_id": END,
+                "pad_token_id": PAD,
+                "suppress_tokens": [PAD],
+                "max_new_tokens": 12,
+                "use_cache": False,
+            },
+        }
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or "embedding" in name:
+                std = 1.0 if "positional" in name else 0.2
+                upper = "text_decoder" in name and name.endswith("proj.weight") and ".3." not in name
+                parameter.copy_(torch.randn(parameter.shape) * std * (4 if upper else 1))
+    return model
+
+
+def coca_inputs(batch: int, seed: int = 0) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed))}
+
+
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
     "florence2": (
         tiny_florence2,
@@ -95,6 +135,7 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tens
         florence2_inputs,
         {"vision": [1, 3], "image": [1, 3], "text": [1, 2, 3], "decoder": [1, 2, 4], "text_reads_image": True},
     ),
+    "coca": (tiny_coca, coca_inputs, {"vision": [1, 2, 3], "decoder": [3, 4, 5]}),
 }
 """Name -> model, inputs, and what its ``ExitConfig`` says."""
 
@@ -119,6 +160,15 @@ def shared(name: str, seed: int = 0) -> nn.Module:
 
 def inputs(name: str, batch: int, seed: int = 0) -> dict[str, Tensor]:
     return BACKBONES[name][1](batch, seed)
+
+
+def alone(tensors: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """Return one row without its padding."""
+    one = {k: v[row : row + 1] for k, v in tensors.items()}
+    if "attention_mask" not in one:
+        return one
+    keep = one["attention_mask"][0].bool()
+    return one | {k: one[k][:, keep] for k in ("input_ids", "attention_mask")}
 
 
 def exit_config(name: str) -> ExitConfig:

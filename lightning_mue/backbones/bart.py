@@ -63,6 +63,12 @@ class BartDecoderStream:
         self.max_positions = config.max_position_embeddings
         self.vocab_size = head.out_features
 
+    first_exit = 1
+
+    def reads_memory(self, k: int) -> bool:
+        """All layers do."""
+        return True
+
     def embed(self, ids_BT: Tensor, first: int) -> Tensor:
         """Token and position embeddings, as ``BartDecoder.forward`` adds them."""
         return self.embed_at(ids_BT, torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device))

@@ -14,6 +14,7 @@ from transformers import (
     GenerationConfig,
     NoRepeatNGramLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    SuppressTokensLogitsProcessor,
 )
 
 from lightning_mue.backbones.stream import DecodeSettings, Inputs, TokenProcessor
@@ -25,7 +26,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "encoder_repetition_penalty": (None, 1.0),
     "encoder_no_repeat_ngram_size": (None, 0),
     "bad_words_ids": (None,),
-    "suppress_tokens": (None, []),
     "begin_suppress_tokens": (None, []),
     "sequence_bias": (None,),
     "min_length": (None, 0),
@@ -63,6 +63,8 @@ def read_settings(config: GenerationConfig, max_new_tokens: int | None) -> Decod
         "forced_bos_token_id": config.forced_bos_token_id,
         "forced_eos_token_id": config.forced_eos_token_id,
     }
+    if config.suppress_tokens:
+        plain["suppress_tokens"] = list(config.suppress_tokens)
     return DecodeSettings(start, ends, pad, limit, plain)
 
 
@@ -128,6 +130,8 @@ def build_processors(
         processors.append(_for_all_rows(ForcedBOSTokenLogitsProcessor(plain["forced_bos_token_id"])))
     if plain["forced_eos_token_id"] is not None:
         processors.append(_forced_end(settings.max_new_tokens, plain["forced_eos_token_id"], prompts))
+    if plain.get("suppress_tokens"):
+        processors.append(_for_all_rows(SuppressTokensLogitsProcessor(plain["suppress_tokens"])))
     return processors
 
 

@@ -12,13 +12,18 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 
 from lightning_mue.backbones.view import EXITS
 
+OPEN_CLIP = "open_clip:"
+"""Prefix of what open_clip knows by name."""
+
 
 def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
     """Return the model that ``source`` describes.
 
     Args:
-        source: a module (returned as it is), a folder or hub name (``from_pretrained``), or a config as a mapping with
-            ``model_type`` (random weights). A ``generation_config`` entry of the mapping becomes the model's;
+        source: a module (returned as it is); a folder or hub name (``from_pretrained``); ``open_clip:`` and one of
+            open_clip's own CoCas, such as ``open_clip:coca_ViT-B-32`` (random weights) or
+            ``open_clip:coca_ViT-B-32:laion2b_s13b_b90k``; or a config as a mapping with ``model_type`` (random
+            weights). A ``generation_config`` entry of the mapping becomes the model's;
             ``position_std`` is the standard deviation of learned position embeddings. (The configs' own is that of all
             weights, some 0.02; beside normed image features of 1 the model then hardly knows where things are.)
 
@@ -28,11 +33,15 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
     if isinstance(source, str):
+        if source.startswith(OPEN_CLIP):
+            return _open_clip(source.removeprefix(OPEN_CLIP))
         # What is kept in float16 does not train in it; transformers loads into eval mode, which Lightning would keep.
         return AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).train()
     settings = dict(source)
     if "model_type" not in settings:
         raise ValueError(f"A backbone config needs `model_type` (such as 'florence2'), got the keys {sorted(settings)}")
+    if settings["model_type"] == "open_clip_coca":
+        import lightning_mue.backbones.coca_model  # noqa: F401 - transformers learns of it
     generation, position_std = settings.pop("generation_config", None), settings.pop("position_std", None)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings))
     if generation:
@@ -42,6 +51,17 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
             if isinstance(module, nn.Embedding) and "position" in name:
                 nn.init.normal_(module.weight, std=position_std)
     return model
+
+
+def _open_clip(name: str) -> nn.Module:
+    """Return one of open_clip's CoCas, by name and tag of its weights."""
+    import open_clip
+
+    from lightning_mue.backbones.coca_model import CoCaForConditionalGeneration
+
+    name, _, tag = name.partition(":")
+    coca = open_clip.create_model(name, pretrained=tag or None, load_weights=bool(tag))
+    return CoCaForConditionalGeneration.wrap(coca).train()
 
 
 def backbone_config(model: Any) -> dict[str, Any]:

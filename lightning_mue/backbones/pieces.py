@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,19 @@ class LayerPieces:
         between: states, what self-attention read -> states, query (scaled) of cross-attention.
         after: states, what cross-attention read -> states.
         memory: memory ``[B, S, D]`` -> key and value of cross-attention, each ``[B, heads, S, D / heads]``.
+
+    A layer without cross-attention has neither ``between`` nor ``memory``; ``after`` takes what self-attention read.
     """
 
     before: nn.Module
-    between: nn.Module
+    between: nn.Module | None
     after: nn.Module
-    memory: nn.Module
+    memory: nn.Module | None
 
     def named(self) -> dict[str, nn.Module]:
         """Return name -> module."""
-        return {"before": self.before, "between": self.between, "after": self.after, "memory": self.memory}
+        parts = {"before": self.before, "between": self.between, "after": self.after, "memory": self.memory}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def bart_pieces(layer: Any, heads: int, prenorm: bool) -> LayerPieces:
@@ -46,6 +50,15 @@ def bart_pieces(layer: Any, heads: int, prenorm: bool) -> LayerPieces:
         _Between(layer.self_attn.out_proj, inside, between, cross),
         _After(cross.out_proj, outside, after, layer, last),
         _Memory(cross, heads),
+    )
+
+
+def coca_pieces(block: Any, cross: Any | None, heads: int) -> LayerPieces:
+    """Return the pieces of open_clip's ``ResidualAttentionBlock``, and of the one with cross-attention above it."""
+    if cross is None:
+        return LayerPieces(_QKV(block, heads), None, _Residual(block), None)
+    return LayerPieces(
+        _QKV(block, heads), _ResidualAndQuery(block, cross, heads), _Residual(cross), _MemoryOfBlock(cross, heads)
     )
 
 
@@ -91,3 +104,56 @@ class _Memory(nn.Module):
     def forward(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         shape, flat_ND = (*memory_BSD.shape[:2], self.heads, -1), memory_BSD.flatten(0, 1)
         return self.key(flat_ND).view(shape).transpose(1, 2), self.value(flat_ND).view(shape).transpose(1, 2)
+
+
+class _QKV(nn.Module):
+    """The norm and the three projections of a block; torch keeps their matrices as one."""
+
+    def __init__(self, block: Any, heads: int) -> None:
+        super().__init__()
+        self.norm, self.weight, self.bias = block.ln_1, block.attn.in_proj_weight, block.attn.in_proj_bias
+        self.scale = (self.weight.shape[1] // heads) ** -0.5
+
+    def forward(self, h_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = linear(self.norm(h_ND), self.weight, self.bias).chunk(3, -1)
+        return query * self.scale, key, value
+
+
+class _Residual(nn.Module):
+    """What a block does with what its attention read."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.out, self.attention_scale = block.attn.out_proj, block.ls_1
+        self.norm, self.mlp, self.mlp_scale = block.ln_2, block.mlp, block.ls_2
+
+    def forward(self, h_ND: Tensor, read_ND: Tensor) -> Tensor:
+        h_ND = h_ND + self.attention_scale(self.out(read_ND))
+        result_ND: Tensor = h_ND + self.mlp_scale(self.mlp(self.norm(h_ND)))
+        return result_ND
+
+
+class _ResidualAndQuery(nn.Module):
+    def __init__(self, block: Any, cross: Any, heads: int) -> None:
+        super().__init__()
+        self.residual, self.norm = _Residual(block), cross.ln_1
+        self.weight, self.bias = cross.attn.in_proj_weight, cross.attn.in_proj_bias
+        self.scale = (self.weight.shape[1] // heads) ** -0.5
+
+    def forward(self, h_ND: Tensor, read_ND: Tensor) -> tuple[Tensor, Tensor]:
+        h_ND, width = self.residual(h_ND, read_ND), self.weight.shape[1]
+        return h_ND, linear(self.norm(h_ND), self.weight[:width], self.bias[:width]) * self.scale
+
+
+class _MemoryOfBlock(nn.Module):
+    def __init__(self, cross: Any, heads: int) -> None:
+        super().__init__()
+        self.norm, self.heads = cross.ln_1_kv, heads
+        self.weight, self.bias = cross.attn.in_proj_weight, cross.attn.in_proj_bias
+
+    def forward(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        shape, flat_ND = (*memory_BSD.shape[:2], self.heads, -1), memory_BSD.flatten(0, 1)
+        width = self.weight.shape[1]
+        both = linear(self.norm(flat_ND), self.weight[width:], self.bias[width:]).chunk(2, -1)
+        key, value = (x_ND.reshape(shape).transpose(1, 2) for x_ND in both)
+        return key, value

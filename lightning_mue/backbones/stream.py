@@ -114,6 +114,11 @@ class DecoderStream(Protocol):
     head_dim: int
     max_positions: int
     vocab_size: int
+    first_exit: int
+    """The first layer after which a token may leave."""
+
+    def reads_memory(self, k: int) -> bool:
+        """Whether layer ``k`` has cross-attention."""
 
     def embed(self, ids_BT: Tensor, first: int) -> Tensor:
         """Return the states that enter layer 1 for tokens at positions ``first, first + 1, ...``."""

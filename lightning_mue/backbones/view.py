@@ -27,4 +27,10 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
     if isinstance(model, Florence2ForConditionalGeneration):
         exits: Any = getattr(model, EXITS, None)
         return Florence2View(model, encoder or (exits.encoder if exits is not None else "joint"))
-    raise TypeError(f"{type(model).__name__} has no view; supported: Florence2ForConditionalGeneration.")
+    if type(model).__name__ in ("CoCa", "CoCaForConditionalGeneration"):
+        from lightning_mue.backbones.coca import CoCaView  # open_clip takes seconds to import
+
+        return CoCaView(model)
+    raise TypeError(
+        f"{type(model).__name__} has no view; supported: Florence2ForConditionalGeneration, open_clip's CoCa."
+    )

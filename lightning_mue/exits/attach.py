@@ -123,7 +123,7 @@ def attach_exits(model: nn.Module, config: ExitConfig | Mapping[str, Any]) -> Ex
     if hasattr(model, EXITS):
         raise ValueError("Exits are attached already; call `detach_exits(model)` first.")
     backbone = view(model, config.encoder_kind)
-    config.check(num_layers(backbone))
+    config.check(num_layers(backbone), {"decoder": backbone.decoder.first_exit})
     widths = {s.name: s.width for s in backbone.encoders} | {"decoder": backbone.decoder.width}
     like = next(model.parameters())
     exits = Exits(config, widths, backbone.decoder.vocab_size).to(device=like.device, dtype=like.dtype)

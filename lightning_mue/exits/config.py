@@ -70,8 +70,12 @@ class ExitConfig:
             return "joint"
         return "one-way" if self.text_reads_image else "decomposed"
 
-    def check(self, num_layers: Mapping[str, int]) -> None:
+    def check(self, num_layers: Mapping[str, int], first_exits: Mapping[str, int] | None = None) -> None:
         """Compare with the backbone's streams.
+
+        Args:
+            num_layers: stream name -> layers.
+            first_exits: stream name -> the first layer that may be an exit; 1 if not named.
 
         Raises:
             ValueError: an unknown stream, or layers that are no exits of it.
@@ -89,9 +93,10 @@ class ExitConfig:
         for stream, layers in self.layers().items():
             if stream not in num_layers:
                 raise ValueError(f"{stream!r} is not a stream of this backbone; it has {list(num_layers)}")
-            if list(layers) != sorted(set(layers)) or layers[0] < 1 or layers[-1] >= num_layers[stream]:
+            first = (first_exits or {}).get(stream, 1)
+            if list(layers) != sorted(set(layers)) or layers[0] < first or layers[-1] >= num_layers[stream]:
                 raise ValueError(
-                    f"Exits of {stream!r} must rise within 1..{num_layers[stream] - 1} "
+                    f"Exits of {stream!r} must rise within {first}..{num_layers[stream] - 1} "
                     f"(layer {num_layers[stream]} is full depth), got {list(layers)}"
                 )
 

@@ -22,6 +22,11 @@ def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) ->
             raise ValueError(
                 f"The policy leaves {stream!r} after layer {rule.layers[-1]}; exits lie in 1..{layers[stream] - 1}."
             )
+        if stream == "decoder" and rule.layers[0] < (first := backbone.decoder.first_exit):
+            raise ValueError(
+                f"The policy leaves 'decoder' after layer {rule.layers[0]}, which has not read the picture; exits lie "
+                f"in {first}..{layers[stream] - 1}."
+            )
         known = exits.layers.get(stream, ()) if exits is not None else None
         if known is not None and not set(rule.layers) <= set(known):
             raise ValueError(

@@ -123,10 +123,11 @@ class OrtExecutor:
             self._keep(layer, places, key_ND, value_ND)
             kv = self._seen(layer, rows_N, int(positions_N.max()) + 1)
             read = attend(query_ND.reshape(self._heads), *kv, positions_N + 1, threads=threads)
-            h_ND, query_ND = sessions.between(h_ND, read.reshape(h_ND.shape))
-            key_BHSd, value_BHSd = self._memory_kv[layer]
-            memory = (key_BHSd, value_BHSd, rows_N // self._beams, np.full_like(rows_N, key_BHSd.shape[2]))
-            read = attend(query_ND.reshape(self._heads), *memory, self._bias_BS, threads=threads)
+            if sessions.between is not None:
+                h_ND, query_ND = sessions.between(h_ND, read.reshape(h_ND.shape))
+                key_BHSd, value_BHSd = self._memory_kv[layer]
+                memory = (key_BHSd, value_BHSd, rows_N // self._beams, np.full_like(rows_N, key_BHSd.shape[2]))
+                read = attend(query_ND.reshape(self._heads), *memory, self._bias_BS, threads=threads)
             (h_ND,) = sessions.after(h_ND, read.reshape(h_ND.shape))
             self.states[layer][places] = h_ND
 
@@ -251,10 +252,13 @@ class OrtExecutor:
             self._projected[layer].update(missing)
 
     def project_memory(self, layer: int, samples: Sequence[int]) -> None:
-        """Write K and V of samples where they stay.
+        """Write K and V of samples where they stay; nothing for a layer that reads none.
 
         Beside matrices of 8 bits they are kept in 16, for reading them is most of the work.
         """
+        project = self._sessions.layers[layer - 1].memory
+        if project is None:
+            return
         rounded, (_, heads, d), (batch, length, _) = self._rounded, self._heads, self._memory.shape
         if layer not in self._memory_kv:
             kind = np.uint16 if rounded else np.float32
@@ -262,7 +266,7 @@ class OrtExecutor:
         for first, last in _runs(samples, max(1, _TOKENS // length)):
             stored_2RHSd = self._memory_kv[layer][:, first:last]
             found_2RHSd = np.empty(stored_2RHSd.shape, np.float32) if rounded else stored_2RHSd
-            self._sessions.layers[layer - 1].memory.into([self._memory[first:last]], [*found_2RHSd])
+            project.into([self._memory[first:last]], [*found_2RHSd])
             if rounded:
                 to_bfloat16(found_2RHSd, out=stored_2RHSd)
 

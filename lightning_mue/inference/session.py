@@ -61,14 +61,18 @@ class Session:
         return dict(zip(self.outputs, self(*(arrays[name] for name in self.shapes)), strict=True))
 
 
+LAYER_PIECES = ("before", "between", "after", "memory")
+"""What a layer is cut into; one without cross-attention has the first and the third."""
+
+
 @dataclass(frozen=True)
 class LayerSessions:
     """One layer's `LayerPieces`, running."""
 
     before: Session
-    between: Session
+    between: Session | None
     after: Session
-    memory: Session
+    memory: Session | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from lightning_mue.backbones.stream import TokenProcessor
 from lightning_mue.exits import Exits
 from lightning_mue.inference.graphs import Graphs
 from lightning_mue.inference.ort_executor import OrtExecutor, Processor
-from lightning_mue.inference.session import DecoderSessions, Head, LayerSessions, Session
+from lightning_mue.inference.session import LAYER_PIECES, DecoderSessions, Head, LayerSessions, Session
 from lightning_mue.inference.stopwatch import Stopwatch
 
 
@@ -44,13 +44,11 @@ def decoder_sessions(decoder: DecoderStream, precision: str = "float32") -> Deco
         return lambda h_RD: run(h_RD)[0]
 
     layers = [
-        LayerSessions(*(session(f"{k}/{name}") for name in LAYER_PIECES)) for k in range(1, decoder.num_layers + 1)
+        LayerSessions(*(session(at) if (at := f"{k}/{name}") in pieces else None for name in LAYER_PIECES))
+        for k in range(1, decoder.num_layers + 1)
     ]
     weights = decoder.head_weights()
     return DecoderSessions(layers, decoder.num_heads, decoder.max_positions, precision, threads, *weights, head)
-
-
-LAYER_PIECES = ("before", "between", "after", "memory")
 
 
 def decoder_pieces(decoder: DecoderStream) -> dict[str, tuple[nn.Module, *tuple[torch.Tensor, ...]]]:
@@ -59,7 +57,7 @@ def decoder_pieces(decoder: DecoderStream) -> dict[str, tuple[nn.Module, *tuple[
     examples = {"before": (h_ND,), "between": (h_ND, h_ND), "after": (h_ND, h_ND), "memory": (memory_BSD,)}
     layers = {k: decoder.pieces(k).named() for k in range(1, decoder.num_layers + 1)}
     found: dict[str, Any] = {"head": (decoder.head_piece, h_ND)}
-    return found | {f"{k}/{name}": (part[name], *examples[name]) for k, part in layers.items() for name in LAYER_PIECES}
+    return found | {f"{k}/{name}": (part[name], *examples[name]) for k, part in layers.items() for name in part}
 
 
 class TorchOutside:

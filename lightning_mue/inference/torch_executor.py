@@ -240,7 +240,9 @@ class TorchExecutor:
             self._projected[layer].update(missing)
 
     def project_memory(self, layer: int, samples: Sequence[int]) -> None:
-        """Write K and V of samples where they stay."""
+        """Write K and V of samples where they stay; nothing for a layer that reads none."""
+        if not self._decoder.reads_memory(layer):
+            return
         index, stored = self._index(samples), self._memory_kv[layer]
         key, value = self._decoder.memory_kv(layer, self._memory[index])
         if len(samples) == len(self._memory):

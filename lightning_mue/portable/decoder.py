@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from lightning_mue.inference.array_signals import log_odds_of_two, sigmoid
-from lightning_mue.inference.session import DecoderSessions, Head, LayerSessions
+from lightning_mue.inference.session import LAYER_PIECES, DecoderSessions, Head, LayerSessions
 from lightning_mue.portable.files import GraphFiles
 
 Array = np.ndarray
@@ -23,7 +23,7 @@ def decoder_sessions(files: GraphFiles) -> DecoderSessions:
         return lambda h_RD: h_RD @ weight_VD.T + (0 if bias_V is None else bias_V)  # of beams alone
 
     layers = [
-        LayerSessions(*(session(f"decoder/{k}/{piece}") for piece in ("before", "between", "after", "memory")))
+        LayerSessions(*(session(at) if (at := f"decoder/{k}/{piece}") in files else None for piece in LAYER_PIECES))
         for k in range(1, facts["layers"] + 1)
     ]
     weight_VD = files.array("head_weight")

@@ -39,6 +39,8 @@ def token_rules(
     if settings["forced_eos_token_id"] is not None:
         last = [max_new_tokens + len(prompt) - 1 for prompt in prompts]
         rules.append(_forced(settings["forced_eos_token_id"], last))
+    if settings.get("suppress_tokens"):
+        rules.append(_suppressed(settings["suppress_tokens"]))
     return rules
 
 
@@ -67,6 +69,15 @@ def _constrained(allowed: Allowed, prompts: Sequence[Sequence[int]]) -> TokenRul
                 raise ValueError(f"`prefix_allowed_tokens_fn` must allow a token, got none for row {row} after {ids_t}")
             constrained_RV[i, tokens] = logits_RV[i, tokens]
         return constrained_RV
+
+    return rule
+
+
+def _suppressed(tokens: Sequence[int]) -> TokenRule:
+    def rule(_ids_Rt: Array, logits_RV: Array, _rows: Sequence[int]) -> Array:
+        logits_RV = logits_RV.copy()
+        logits_RV[:, list(tokens)] = -np.inf
+        return logits_RV
 
     return rule
 

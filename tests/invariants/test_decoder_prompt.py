@@ -40,9 +40,7 @@ def prompted(name, seed=0):
 
 def alone(tensors, row):
     """One row without any padding, and what it is given, start token first."""
-    keep = tensors["attention_mask"][row].bool()
-    one = {k: v[row : row + 1] for k, v in tensors.items()}
-    one |= {k: one[k][:, keep] for k in ("input_ids", "attention_mask")}
+    one = zoo.alone(tensors, row)
     one["decoder_prompt"] = one["decoder_prompt"][:, : LENGTHS[row]]
     given = torch.cat([torch.full((1, 1), zoo.START), one["decoder_prompt"]], 1)
     return one, given

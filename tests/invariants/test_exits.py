@@ -108,10 +108,7 @@ def test_a_batch_is_its_rows_one_by_one(name, policy, seed):
     for depth in together.exit_depths.values():
         assert len(set(depth[depth > 0].flatten().tolist())) > 1, "the test policy does not mix depths"
     for row in range(5):
-        keep = tensors["attention_mask"][row].bool()
-        alone = {k: v[row : row + 1] for k, v in tensors.items()}
-        alone |= {k: alone[k][:, keep] for k in ("input_ids", "attention_mask")}  # without its padding
-        single, _ = generate(model, policy, alone)
+        single, _ = generate(model, policy, zoo.alone(tensors, row))
         pairs, filled = pairs + single.pairs, filled + single.filled
         assert_same_row(together, row, single)
     assert (together.pairs, together.filled) == (pairs, filled)

@@ -1,6 +1,7 @@
 """Fill modes for comparison: against transformers' own layers and cache, one row and one position at a time."""
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,11 @@ class OneRow:
                 key, value = (t[:, :, position : position + 1] for t in self.keys_and_values(layer - 1))
                 self.cache.self_attention_cache.update(key, value, layer - 1)
 
+    def logits(self, depth, h):
+        if depth == len(self.decoder.layers):
+            return self.model.lm_head(reference.final_norm(self.model)(h))
+        return reference.exit_logits(self.model, depth, h)
+
     @torch.no_grad()
     def decode(self, depths):
         tokens = [zoo.START]
@@ -65,21 +71,56 @@ class OneRow:
             for layer in range(1, depth + 1):
                 self.catch_up(layer)
             h = self.states[depth][-1]
-            if depth == len(self.decoder.layers):
-                logits = self.model.lm_head(reference.final_norm(self.model)(h))
-            else:
-                logits = reference.exit_logits(self.model, depth, h)
-            tokens.append(int(logits.argmax()))
+            tokens.append(int(self.logits(depth, h).argmax()))
             if tokens[-1] == zoo.END:
                 break
         return tokens
 
 
-def alone(tensors, row):
-    """One row without its padding."""
-    keep = tensors["attention_mask"][row].bool()
-    one = {k: v[row : row + 1] for k, v in tensors.items()}
-    return one | {k: one[k][:, keep] for k in ("input_ids", "attention_mask")}
+class OneRowOfCoCa(OneRow):
+    """CoCa's blocks over K/V that lie in lists; torch's attention would project them anew."""
+
+    def __init__(self, model, tensors, fill, backlog):
+        self.model, self.fill, self.backlog, self.coca = model, fill, backlog, model.coca
+        self.memory = self.coca(tensors["pixel_values"])["image_embs"]
+        text, decoder = self.coca.text.transformer.resblocks, self.coca.text_decoder
+        self.layers = [*((block, None) for block in text), *zip(decoder.resblocks, decoder.cross_attn, strict=True)]
+        self.kv = [[] for _ in self.layers]
+        self.cache = SimpleNamespace(self_attention_cache=SimpleNamespace(update=self.update))
+        self.states = [[] for _ in range(len(self.layers) + 1)]
+        self.pairs = self.filled = 0
+
+    def update(self, key, value, index):
+        self.kv[index].append((key, value))
+
+    def keys_and_values(self, layer):
+        return [torch.cat(kv, 2) for kv in zip(*self.kv[layer - 1], strict=True)]
+
+    def run(self, layer, h, cache):
+        block, cross = self.layers[layer - 1]
+        heads = block.attn.num_heads
+        projected = torch.nn.functional.linear(block.ln_1(h), block.attn.in_proj_weight, block.attn.in_proj_bias)
+        query, key, value = projected.view(1, 1, 3 * heads, -1).transpose(1, 2).chunk(3, 1)
+        self.update(key, value, layer - 1)
+        keys, values = self.keys_and_values(layer)
+        weights = (query @ keys.mT / query.shape[-1] ** 0.5).softmax(-1)
+        h = h + block.attn.out_proj((weights @ values).transpose(1, 2).flatten(2))
+        h = h + block.mlp(block.ln_2(h))
+        return h if cross is None else cross(h, self.memory, self.memory)
+
+    def embed(self, token):
+        text, position = self.coca.text, len(self.states[0])
+        self.states[0].append(text.token_embedding(torch.tensor([[token]])) + text.positional_embedding[position])
+
+    def logits(self, depth, h):
+        if depth == len(self.layers):
+            logits = reference.final_norm(self.model)(h) @ self.coca.text_decoder.text_projection
+            return reference.suppressed(self.model, logits)
+        return reference.exit_logits(self.model, depth, h)
+
+
+def one_row(model, *given):
+    return (OneRowOfCoCa if hasattr(model, "coca") else OneRow)(model, *given)
 
 
 def positions(out):
@@ -96,7 +137,7 @@ def test_every_mode_is_what_single_positions_give(name, fill, backlog):
     out, executor = generate(model, ExitPolicy(kv_fill=fill, backlog=backlog), tensors, depths)
     pairs = filled = 0
     for row in range(ROWS):
-        single = OneRow(model, alone(tensors, row), fill, backlog)
+        single = one_row(model, zoo.alone(tensors, row), fill, backlog)
         with torch.no_grad():
             tokens = single.decode(depths[row])
         assert out.sequences[row, : len(tokens)].tolist() == tokens

@@ -44,6 +44,7 @@ def scores(model, name, signal, h_BTED, before_BTED):
         h, before = h_BTED.double(), before_BTED.double()
         return ((h * before).sum(-1) / (h.norm(dim=-1) * before.norm(dim=-1))).numpy()
     p_BTEV = softmax(exit_logits(model, name, h_BTED).astype(np.float64), axis=-1)
+    assert not np.isnan(p_BTEV).any()
     if signal == "entropy":
         return 1 - entropy(p_BTEV, axis=-1) / math.log(zoo.VOCABULARY)
     p_BTEV.sort(axis=-1)

@@ -65,7 +65,7 @@ def test_a_constraint_that_ends_answers_is_obeyed(name):
         return [11, 12, 13] if len(ids) <= 5 - row else [zoo.END]
 
     expected = reference.generate(model, tensors, prefix_allowed_tokens_fn=allowed)
-    policy = ExitPolicy({"decoder": ExitRule.static(1)}, verified=True)
+    policy = ExitPolicy({"decoder": ExitRule.static(zoo.exit_layers(name)["decoder"][0])}, verified=True)
     found = engine_of(model, policy).generate(**tensors, prefix_allowed_tokens_fn=allowed)
     assert found.sequences.tolist() == expected.tolist()
     assert found.drafted > found.agreed
@@ -84,7 +84,7 @@ def test_prompts_of_several_lengths(name):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_states_are_those_of_a_full_pass_also_after_drafts_that_were_wrong(name, monkeypatch):
     model, tensors = zoo.shared(name), zoo.inputs(name, 3)
-    policy = ExitPolicy({"decoder": ExitRule.static(1)}, verified=True)
+    policy = ExitPolicy({"decoder": ExitRule.static(zoo.exit_layers(name)["decoder"][0])}, verified=True)
     out, executor = engine_of(model, policy).run(STEPS, None, False, tensors, forced=random_depths(name, 3))
     states, _ = reference.decoder_states(model, tensors, out.sequences[:, :-1])
     for row, position in (out.exit_depths["decoder"] > 0).nonzero().tolist():
