@@ -188,4 +188,4 @@ def exit_logits(model: Any, layer: int, h_BTD: Tensor) -> Tensor:
         normed = final_norm(model)(attached(model).adapters[f"decoder_{layer}"](h_BTD))
         if (coca := getattr(model, "coca", None)) is None:
             return model.lm_head(normed)
-        return suppressed(model, normed @ coca.text_decoder.text_projection)
+        return normed @ coca.text_decoder.text_projection

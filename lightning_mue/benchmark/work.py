@@ -38,8 +38,12 @@ def decoder_work(model: nn.Module, decoder: DecoderStream, memory_1SD: Tensor) -
     h_11D = memory_1SD.new_zeros(1, 1, decoder.width)
     layers, memory = [], []
     for k in range(1, decoder.num_layers + 1):
-        (key, value), projection = counted(model, partial(decoder.memory_kv, k, memory_1SD))
         _, whole = counted(model, partial(decoder.layer, k, h_11D, memory_1SD, None, None))
+        if not decoder.reads_memory(k):
+            memory.append(Work(0, 0))
+            layers.append(whole)
+            continue
+        (key, value), projection = counted(model, partial(decoder.memory_kv, k, memory_1SD))
         memory.append(projection)
         layers.append(
             Work(whole.weights - projection.weights, whole.macs - projection.macs, key.numel() + value.numel())
@@ -61,9 +65,15 @@ def _stream_work(backbone: Backbone, stream: EncoderStream, inputs: Inputs, done
 
 def counted(model: nn.Module, piece: Callable[[], Any]) -> tuple[Any, Work]:
     """Run a piece of a model; return what it gives and what it took."""
-    # Outside of inference mode, for there some products reach a dispatch mode as one with what is around them.
-    with torch.inference_mode(False), torch.no_grad(), _Counter(model) as counter:
-        result = piece()
+    # Some products reach a dispatch mode as one with what is around them: those of inference mode, and of torch's own
+    # fused attention modules.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _Counter(model) as counter:
+            result = piece()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return result, counter.work
 
 
@@ -72,8 +82,8 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._sizes = {p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}
-        self._read: set[int] = set()
+        self._known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._read: set[tuple[int, int, int]] = set()
         self._macs = 0
 
     def __torch_dispatch__(
@@ -82,10 +92,13 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self._macs += count(*args, **(kwargs or {}), out_val=result) // 2
-            self._read |= {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
+            tensors = [
+                (a.untyped_storage().data_ptr(), a.storage_offset(), a.numel()) for a in args if isinstance(a, Tensor)
+            ]
+            self._read |= {part for part in tensors if part[0] in self._known}  # some matrices are parts of one
         return result
 
     @property
     def work(self) -> Work:
         """What was counted."""
-        return Work(sum(self._sizes.get(pointer, 0) for pointer in self._read), self._macs)
+        return Work(sum(size for _, _, size in self._read), self._macs)

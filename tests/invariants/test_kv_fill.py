@@ -71,7 +71,7 @@ class OneRow:
             for layer in range(1, depth + 1):
                 self.catch_up(layer)
             h = self.states[depth][-1]
-            tokens.append(int(self.logits(depth, h).argmax()))
+            tokens.append(int(reference.suppressed(self.model, self.logits(depth, h)).argmax()))
             if tokens[-1] == zoo.END:
                 break
         return tokens
@@ -114,8 +114,7 @@ class OneRowOfCoCa(OneRow):
 
     def logits(self, depth, h):
         if depth == len(self.layers):
-            logits = reference.final_norm(self.model)(h) @ self.coca.text_decoder.text_projection
-            return reference.suppressed(self.model, logits)
+            return reference.final_norm(self.model)(h) @ self.coca.text_decoder.text_projection
         return reference.exit_logits(self.model, depth, h)
 
 

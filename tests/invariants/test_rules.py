@@ -36,7 +36,8 @@ def exit_states(model, name, tensors, out):
 
 def exit_logits(model, name, h_BTED):
     layers = zoo.exit_layers(name)["decoder"]
-    return torch.stack([reference.exit_logits(model, k, h_BTED[:, :, e]) for e, k in enumerate(layers)], 2).numpy()
+    found = [reference.exit_logits(model, k, h_BTED[:, :, e]) for e, k in enumerate(layers)]
+    return reference.suppressed(model, torch.stack(found, 2)).numpy()
 
 
 def scores(model, name, signal, h_BTED, before_BTED):

@@ -56,7 +56,8 @@ def test_every_exit_parameter_gets_a_gradient_in_every_step(name, depths, kind):
         assert any(p.grad.abs().sum() > 0 for p in exits.adapters[f"{stream}_{k}"].parameters())
         learns = any(p.grad.abs().sum() > 0 for p in exits.gates[f"{stream}_{k}"].parameters())
         assert learns == (len(depths) == 1)
-    decoder_learns = any(p.grad.abs().sum() > 0 for p in exits.gates["decoder_1"].parameters())
+    first = zoo.exit_layers(name)["decoder"][0]
+    decoder_learns = any(p.grad.abs().sum() > 0 for p in exits.gates[f"decoder_{first}"].parameters())
     assert decoder_learns == (kind != "propagated states")
     assert model.training
 
@@ -78,7 +79,7 @@ def test_in_distributed_training_no_parameter_is_without_a_gradient(depths, kind
 @pytest.mark.parametrize("kind", ["plain", "own path"])
 def test_gates_do_not_pull_on_the_backbone(name, kind):
     tensors, labels = batch_of(name)
-    stream = "encoder" if "encoder" in zoo.exit_layers(name) else "text"
+    stream = next(stream for stream in ("encoder", "text", "vision") if stream in zoo.exit_layers(name))
     step, grads = Step({stream: 1}, **STEPS[kind]), []
     for weight in (0.0, 5.0):
         found = gradients(zoo.make(name), tensors, labels, step, Supervision("sum", gate_weight=weight))
@@ -196,22 +197,20 @@ def test_on_its_own_path_a_gate_is_told_what_the_last_layer_generates(name, monk
     assert model.training
     model.eval()
     ids = reference.generate(model, tensors)
-    given = reference.inputs(model, tensors)
-    out = model(**given, decoder_input_ids=ids[:, :-1], output_hidden_states=True)
-    norm = getattr(model.model.language_model.decoder, "layer_norm", torch.nn.Identity())
+    states, logits = reference.decoder_states(model, tensors, ids[:, :-1])
     chosen = ids[:, 1:]
-    assert torch.equal(out.logits.argmax(-1)[:, 0], chosen[:, 0])
+    assert torch.equal(logits.argmax(-1)[:, 0], chosen[:, 0])
     counts = (chosen == zoo.END).cumsum(1) - (chosen == zoo.END).long() == 0
     exits = attached(model)
     for (logits, same, _), k in zip(seen, zoo.exit_layers(name)["decoder"], strict=True):
-        h = out.decoder_hidden_states[k][counts]
-        token = model.lm_head(norm(exits.adapters[f"decoder_{k}"](h))).argmax(-1)
+        h = states[k][counts]
+        token = reference.exit_logits(model, k, h).argmax(-1)
         assert torch.equal(same, token == chosen[counts])
         torch.testing.assert_close(logits, exits.gates[f"decoder_{k}"](h), rtol=1e-4, atol=1e-4)
     assert {False, True} <= {x for _, same, _ in seen for x in same.tolist()}
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "coca"])  # by hand for BART and mBART
 @pytest.mark.parametrize("weighting", ["avg+last", "sum", "linear"])
 def test_propagated_states_are_those_of_decoding_token_by_token(name, weighting):
     model = zoo.make(name)
@@ -241,7 +240,7 @@ def test_propagated_states_are_those_of_the_engine(name):
     """Under K/V fill ``propagate`` and the same depths the engine leaves with the same states."""
     model = zoo.make(name)
     tensors = zoo.inputs(name, 3)
-    layers = (*zoo.exit_layers(name)["decoder"], 5)
+    layers = (*zoo.exit_layers(name)["decoder"], view(model).decoder.num_layers)
     depths = torch.tensor(layers)[torch.randint(len(layers), (3, 12), generator=torch.Generator().manual_seed(1))]
     rules = {"decoder": ExitRule("gate", layers[:-1], (0.5,) * len(layers[:-1]))}
     engine = ExitEngine(model, ExitPolicy(rules, kv_fill="propagate"))

@@ -18,12 +18,20 @@ def batch_of(name, size=3):
     return zoo.inputs(name, size), labels
 
 
+def upper_outputs(model):
+    """Return what writes into the decoder's states above its first layer (CoCa: above the first that can be left)."""
+    if (coca := getattr(model, "coca", None)) is not None:
+        blocks = [*coca.text_decoder.resblocks[1:], *coca.text_decoder.cross_attn[1:]]
+        return [part for block in blocks for part in (block.attn.out_proj, block.mlp.c_proj)]
+    layers = model.model.language_model.decoder.layers[1:]
+    return [part for layer in layers for part in (layer.fc2, layer.self_attn.out_proj, layer.encoder_attn.out_proj)]
+
+
 def agreeable(model):
     """Make exits agree with the last layer now and then, as those of a trained model do."""
     with torch.no_grad():
-        for layer in model.model.language_model.decoder.layers[1:]:
-            for part in (layer.fc2, layer.self_attn.out_proj, layer.encoder_attn.out_proj):
-                part.weight *= 0.06
+        for part in upper_outputs(model):
+            part.weight *= 0.06
         for parameter in attached(model).adapters.parameters():
             parameter *= 0.1
     return model
@@ -32,14 +40,9 @@ def agreeable(model):
 def reference_logits(model, name, tensors, labels):
     """Exit layer (or last) -> logits ``[B, T, V]``, from the model's own hidden states, norm and head."""
     ids = torch.cat([torch.full((len(labels), 1), zoo.START), labels[:, :-1]], 1)
-    given = reference.inputs(model, tensors)
-    out = model(**given, decoder_input_ids=ids.where(ids >= 0, zoo.PAD), output_hidden_states=True)
-    norm = getattr(model.model.language_model.decoder, "layer_norm", torch.nn.Identity())
-    adapters = attached(model).adapters
-    return {
-        k: model.lm_head(norm(adapters[f"decoder_{k}"](out.decoder_hidden_states[k])))
-        for k in zoo.exit_layers(name)["decoder"]
-    } | {num_layers(view(model))["decoder"]: out.logits}
+    states, logits = reference.decoder_states(model, tensors, ids.where(ids >= 0, zoo.PAD))
+    early = {k: reference.exit_logits(model, k, states[k]) for k in zoo.exit_layers(name)["decoder"]}
+    return early | {num_layers(view(model))["decoder"]: logits}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
