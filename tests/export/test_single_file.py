@@ -27,6 +27,7 @@ SIGNALS = {
     "florence2_prenorm": "gate",
     "florence2_decomposed": "flat_similarity",
     "florence2_one_way": "static",
+    "coca": "gate",
 }
 ALWAYS = {"similarity": -1.0, "gate": 0.0, "flat_similarity": -1.0, "static": 0.0}
 """Thresholds that every score reaches."""
