@@ -110,7 +110,9 @@ def tiny_coca() -> nn.Module:
     return model
 
 
-def coca_inputs(batch: int, seed: int = 0) -> dict[str, Tensor]:
+def coca_inputs(batch: int, seed: int = 0, prompt: int = 0) -> dict[str, Tensor]:
+    """Pictures alone: an encoder that reads prompts there is none."""
+    del prompt
     return {"pixel_values": torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed))}
 
 

@@ -7,6 +7,7 @@ A layer of that half is two of open_clip's blocks: self-attention and MLP, cross
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class ViTStream:
 
     def call(self, k: int, state: StreamState) -> LayerCall:
         """One block."""
-        return LayerCall(self._blocks[k - 1], (state.h_BTD,), ((0, 1),))
+        return LayerCall(_Block(self._blocks[k - 1]), (state.h_BTD,), ((0, 1),))
 
     def layer(self, k: int, state: StreamState) -> Tensor:
         """Run one block."""
@@ -184,8 +185,8 @@ class CoCaView:
         self.encoders = (ViTStream(self.coca),)
         self.decoder = CoCaDecoderStream(self.coca)
 
-    @property
-    def _shell(self) -> CoCaForConditionalGeneration:
+    @cached_property
+    def _shell(self) -> Any:
         if isinstance(self.model, CoCaForConditionalGeneration):
             return self.model
         return CoCaForConditionalGeneration.wrap(self.model)
@@ -219,6 +220,18 @@ class CoCaView:
     ) -> list[TokenProcessor]:
         """Transformers' own logits processors."""
         return build_processors(settings, prefix_allowed_tokens_fn, prompts)
+
+
+class _Block(nn.Module):
+    """A block whose input has the name that all streams' states have in a graph."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        result_BTD: Tensor = self.block(h_BTD)
+        return result_BTD
 
 
 class _Head(nn.Module):

@@ -151,7 +151,7 @@ class CoCaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss=loss, logits=logits_BTV, encoder_last_hidden_state=encoder_outputs.last_hidden_state
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, decoder_input_ids: Tensor, encoder_outputs: BaseModelOutput | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Return what a step reads: the whole answer so far."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import (
     AutoProcessor,
     CLIPImageProcessor,
+    CLIPProcessor,
     DetrImageProcessor,
     Florence2Processor,
     PreTrainedTokenizerFast,
@@ -22,7 +23,7 @@ from lightning_mue.prompt import IGNORE
 
 
 class Processor:
-    """A ``Florence2Processor`` (or any processor of that form) for pictures, prompts, labels and answers.
+    """A ``Florence2Processor``, ``CLIPProcessor`` or any of that form, for pictures, prompts, labels and answers.
 
     Args:
         processor: transformers' processor.
@@ -96,13 +97,14 @@ class Processor:
 def build_processor(
     tokenizer_json: str, image_size: int | Sequence[int], image_tokens: int, keep_aspect: bool = False
 ) -> Processor:
-    """Return a Florence-2 processor around a trained tokenizer.
+    """Return a Florence-2 processor around a trained tokenizer, or a CLIP processor where prompts hold no picture.
 
     Args:
         tokenizer_json: from ``lightning_mue.data.tokenizer.train_tokenizer`` (special tokens ``<pad> <s> </s> <unk>
             <image>``).
         image_size: pictures are resized to this many pixels a side, or to ``[height, width]``.
-        image_tokens: tokens that the backbone's projector makes of a picture.
+        image_tokens: tokens that the backbone's projector makes of a picture, among those of the prompt; 0 for a
+            backbone that reads no prompt beside the picture (CoCa).
         keep_aspect: resize to fit inside, and pad at the right and below, instead of stretching.
     """
     tokenizer = PreTrainedTokenizerFast(
@@ -111,14 +113,17 @@ def build_processor(
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+        **({"extra_special_tokens": {"image_token": "<image>"}} if image_tokens else {}),
     )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     size = {"height": height, "width": width}
+    length: dict[str, Any] = {"image_seq_length": image_tokens} if image_tokens else {}
     image_processor: CLIPImageProcessor | DetrImageProcessor
     if keep_aspect:
         limits = {"max_height": height, "max_width": width}
-        image_processor = DetrImageProcessor(size=limits, pad_size=size, do_pad=True, image_seq_length=image_tokens)
+        image_processor = DetrImageProcessor(size=limits, pad_size=size, do_pad=True, **length)
     else:
-        image_processor = CLIPImageProcessor(size=size, do_center_crop=False, image_seq_length=image_tokens)
+        image_processor = CLIPImageProcessor(size=size, do_center_crop=False, **length)
+    if not image_tokens:
+        return Processor(CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer))
     return Processor(Florence2Processor(image_processor=image_processor, tokenizer=tokenizer))

@@ -93,7 +93,9 @@ class _Counter(TorchDispatchMode):
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self._macs += count(*args, **(kwargs or {}), out_val=result) // 2
             tensors = [
-                (a.untyped_storage().data_ptr(), a.storage_offset(), a.numel()) for a in args if isinstance(a, Tensor)
+                (a.untyped_storage().data_ptr(), int(a.storage_offset()), a.numel())
+                for a in args
+                if isinstance(a, Tensor)
             ]
             self._read |= {part for part in tensors if part[0] in self._known}  # some matrices are parts of one
         return result

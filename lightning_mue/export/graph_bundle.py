@@ -93,7 +93,7 @@ def _check_answers(model: nn.Module, processor: Processor, folder: Path) -> None
 
     engine, backbone = PortableEngine(folder), view(model)
     inputs = processor([Image.new("RGB", size, "red") for size in _SIZES], _TEXTS)
-    arrays: dict[str, Any] = {name: inputs[name].numpy() for name in ("pixel_values", "input_ids", "attention_mask")}
+    arrays: dict[str, Any] = {name: inputs[name].numpy() for name in backbone.generate_inputs if name in inputs}
     found = encode_arrays(engine.files, arrays, {}, Stopwatch(None, False)).memory_BSD
     with torch.no_grad():
         silent = Stopwatch(torch.device("cpu"), False)

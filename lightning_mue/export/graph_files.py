@@ -103,7 +103,8 @@ def _encoder_graphs(
     def memory(given: dict[str, Tensor]) -> list[Tensor | None]:
         return [backbone.memory(given), backbone.memory_mask(given)]
 
-    yield "memory", _exported(backbone.model, memory, known, free, ["memory_BSD", "mask"])
+    names = ["memory_BSD"] if backbone.memory_mask(known) is None else ["memory_BSD", "mask"]
+    yield "memory", _exported(backbone.model, memory, known, free, names)
 
 
 def _prologue(stream: EncoderStream, fields: Sequence[str]) -> Callable[[dict[str, Tensor]], list[Tensor | None]]:
@@ -254,6 +255,8 @@ def _examples(backbone: Backbone, processor: Processor) -> dict[str, Tensor]:
 
 def _about_inputs(backbone: Backbone, processor: Processor, inputs: dict[str, Tensor]) -> dict[str, Any]:
     model: Any = backbone.model
+    if "input_ids" not in inputs:
+        return {"picture": list(inputs["pixel_values"].shape[1:]), "image_tokens": 0}
     return {
         "picture": list(inputs["pixel_values"].shape[1:]),
         "image_tokens": int((inputs["input_ids"][0] == model.config.image_token_id).sum()),

@@ -74,6 +74,14 @@ class LayerSessions:
     after: Session
     memory: Session | None
 
+    @classmethod
+    def of(cls, make: Callable[[str], Session | None]) -> LayerSessions:
+        """Return the sessions that ``make`` gives by name; None for a piece that the layer does not have."""
+        before, between, after, memory = map(make, LAYER_PIECES)
+        assert before is not None
+        assert after is not None
+        return cls(before, between, after, memory)
+
 
 @dataclass(frozen=True, eq=False)
 class DecoderSessions:

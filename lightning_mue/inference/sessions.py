@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,7 +17,7 @@ from lightning_mue.backbones.stream import TokenProcessor
 from lightning_mue.exits import Exits
 from lightning_mue.inference.graphs import Graphs
 from lightning_mue.inference.ort_executor import OrtExecutor, Processor
-from lightning_mue.inference.session import LAYER_PIECES, DecoderSessions, Head, LayerSessions, Session
+from lightning_mue.inference.session import DecoderSessions, Head, LayerSessions, Session
 from lightning_mue.inference.stopwatch import Stopwatch
 
 
@@ -43,10 +43,10 @@ def decoder_sessions(decoder: DecoderStream, precision: str = "float32") -> Deco
         run = session("head")
         return lambda h_RD: run(h_RD)[0]
 
-    layers = [
-        LayerSessions(*(session(at) if (at := f"{k}/{name}") in pieces else None for name in LAYER_PIECES))
-        for k in range(1, decoder.num_layers + 1)
-    ]
+    def piece(k: int, name: str) -> Session | None:
+        return session(at) if (at := f"{k}/{name}") in pieces else None
+
+    layers = [LayerSessions.of(partial(piece, k)) for k in range(1, decoder.num_layers + 1)]
     weights = decoder.head_weights()
     return DecoderSessions(layers, decoder.num_heads, decoder.max_positions, precision, threads, *weights, head)
 

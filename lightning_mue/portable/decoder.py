@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
 from lightning_mue.inference.array_signals import log_odds_of_two, sigmoid
-from lightning_mue.inference.session import LAYER_PIECES, DecoderSessions, Head, LayerSessions
+from lightning_mue.inference.session import DecoderSessions, Head, LayerSessions, Session
 from lightning_mue.portable.files import GraphFiles
 
 Array = np.ndarray
@@ -22,10 +22,10 @@ def decoder_sessions(files: GraphFiles) -> DecoderSessions:
             return lambda h_RD: session("decoder/head")(h_RD)[0]
         return lambda h_RD: h_RD @ weight_VD.T + (0 if bias_V is None else bias_V)  # of beams alone
 
-    layers = [
-        LayerSessions(*(session(at) if (at := f"decoder/{k}/{piece}") in files else None for piece in LAYER_PIECES))
-        for k in range(1, facts["layers"] + 1)
-    ]
+    def piece(k: int, name: str) -> Session | None:
+        return session(at) if (at := f"decoder/{k}/{name}") in files else None
+
+    layers = [LayerSessions.of(partial(piece, k)) for k in range(1, facts["layers"] + 1)]
     weight_VD = files.array("head_weight")
     bias_V = files.array("head_bias") if "head_bias" in files.facts["arrays"] else None
     how = (facts["heads"], facts["max_positions"], files.facts["precision"], files.threads)

@@ -48,8 +48,8 @@ def encode(
             h_BTD, depths[name], layer_runs[name] = _climb(files, name, layers, state, rules.get(name))
             known[name] = _apply(files, f"{name}/epilogue", h_BTD)
     found = files.session("memory").named(known)
-    bias_BS = np.ascontiguousarray(found["mask"][:, 0, 0])
-    return Encoded(found["memory_BSD"], bias_BS if bias_BS.any() else None, depths, layer_runs)
+    bias_BS = np.ascontiguousarray(found["mask"][:, 0, 0]) if "mask" in found else None
+    return Encoded(found["memory_BSD"], None if bias_BS is None or not bias_BS.any() else bias_BS, depths, layer_runs)
 
 
 def _climb(files: GraphFiles, name: str, layers: int, state: State, rule: ExitRule | None) -> tuple[Array, Array, int]:

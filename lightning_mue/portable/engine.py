@@ -140,12 +140,8 @@ class PortableEngine(Answering):
 
     def _given(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         """Return what the graphs read of the inputs, as they want it."""
-        ids_BS = np.asarray(inputs["input_ids"], np.int64)
-        facts, counts = self.files.facts["inputs"], (ids_BS == self.processor.image_token_id).sum(1)
-        mask = inputs.get("attention_mask")
-        mask_BS = np.ones_like(ids_BS) if mask is None else np.asarray(mask, np.int64)
-        pixels = np.asarray(inputs["pixel_values"], np.float32)
-        found: dict[str, Array] = {"pixel_values": pixels, "input_ids": ids_BS, "attention_mask": mask_BS}
+        facts, pixels = self.files.facts["inputs"], np.asarray(inputs["pixel_values"], np.float32)
+        found: dict[str, Array] = {"pixel_values": pixels}
         if inputs.get("decoder_prompt") is not None:
             found["decoder_prompt"] = np.asarray(inputs["decoder_prompt"], np.int64)
         if list(pixels.shape[1:]) != facts["picture"]:
@@ -153,6 +149,13 @@ class PortableEngine(Answering):
                 f"`pixel_values` must be [B, {', '.join(map(str, facts['picture']))}], the size that was frozen; got "
                 f"{list(pixels.shape)}"
             )
+        return found | self._given_prompt(inputs) if facts["image_tokens"] else found
+
+    def _given_prompt(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        """Return the prompt, which holds the picture's tokens."""
+        facts, ids_BS = self.files.facts["inputs"], np.asarray(inputs["input_ids"], np.int64)
+        counts, mask = (ids_BS == self.processor.image_token_id).sum(1), inputs.get("attention_mask")
+        mask_BS = np.ones_like(ids_BS) if mask is None else np.asarray(mask, np.int64)
         if (counts != facts["image_tokens"]).any() or ids_BS.shape[1] <= facts["image_tokens"]:
             raise ValueError(
                 f"Every row of `input_ids` must hold {facts['image_tokens']} image tokens, and text; got "
@@ -163,7 +166,7 @@ class PortableEngine(Answering):
                 f"The prompt has {ids_BS.shape[1]} tokens, image tokens included; the encoder takes "
                 f"{facts['most_tokens']}"
             )
-        return found
+        return {"input_ids": ids_BS, "attention_mask": mask_BS}
 
 
 def _output(

@@ -1,4 +1,4 @@
-"""Pictures and prompts in, arrays out, and back to text: a saved Florence-2 processor without transformers."""
+"""Pictures and prompts in, arrays out, and back to text: a saved Florence-2 or CLIP processor without transformers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lightning_mue.portable.pictures import Pictures
 from lightning_mue.prompt import IGNORE
 
 Array = np.ndarray
+_KNOWN = ("Florence2Processor", "CLIPProcessor")
 
 
 class PortableProcessor:
@@ -30,23 +31,28 @@ class PortableProcessor:
 
     def __init__(self, folder: Path, tasks: Mapping[str, str]) -> None:
         settings, words = (_read(folder / name) for name in ("processor_config.json", "tokenizer_config.json"))
-        if (found := settings.get("processor_class")) != "Florence2Processor":
-            raise ValueError(f"Prompts without transformers are laid out as by 'Florence2Processor', got {found!r}")
+        if (found := settings.get("processor_class")) not in _KNOWN:
+            raise ValueError(f"Prompts without transformers are laid out as by one of {list(_KNOWN)}, got {found!r}")
         self.pictures, self._tasks = Pictures(settings["image_processor"]), tasks
-        self.image_tokens: int = settings["image_processor"]["image_seq_length"]
+        self.image_tokens: int = settings["image_processor"].get("image_seq_length", 0)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._frame = words["image_token"] * self.image_tokens + words["bos_token"], words["eos_token"]
         ids = self._tokenizer.get_vocab()
-        self._pad, self._end, self.image_token_id = (
-            ids[words[name]] for name in ("pad_token", "eos_token", "image_token")
-        )
+        self._pad, self._end = ids[words["pad_token"]], ids[words["eos_token"]]
+        self._frame: tuple[str, str] | None = None
+        self.image_token_id: int | None = None
+        if self.image_tokens:
+            self._frame = words["image_token"] * self.image_tokens + words["bos_token"], words["eos_token"]
+            self.image_token_id = ids[words["image_token"]]
 
     def __call__(self, images: Sequence[Image.Image], text: Sequence[str]) -> dict[str, Array]:
         """Return ``pixel_values [B, 3, H, W]``, ``input_ids [B, S]`` and ``attention_mask [B, S]``."""
-        before, after = self._frame
-        rows = self._ids([before + self._asked(prompt) + after for prompt in text])
+        if self._frame is None:
+            rows = self._ids([self._asked(prompt) for prompt in text], special=True)
+        else:
+            before, after = self._frame
+            rows = self._ids([before + self._asked(prompt) + after for prompt in text])
         mask_BS = _padded([[1] * len(row) for row in rows], 0)
         return {"pixel_values": self.pictures(images), "input_ids": _padded(rows, self._pad), "attention_mask": mask_BS}
 

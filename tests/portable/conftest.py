@@ -35,7 +35,8 @@ class Frozen:
 
 def make_frozen(name, folder, precision=None):
     """The model's words are the processor's. Its policy asks for logits, so that its head is written too."""
-    processor = build_processor(train_tokenizer(["what is this?", "a red square left of it"], 300), 64, 5)
+    words = train_tokenizer(["what is this?", "a red square left of it"], 300)
+    processor = build_processor(words, 64, 0 if name == "coca" else zoo.IMAGE_TOKENS)
     torch.manual_seed(0)
     with mock.patch.object(zoo, "VOCABULARY", len(processor.tokenizer)):
         model = zoo.BACKBONES[name][0]().requires_grad_(False).eval()
@@ -44,7 +45,8 @@ def make_frozen(name, folder, precision=None):
         parameter.requires_grad_(False).add_(torch.randn_like(parameter) * 0.2)
     if exits.shortlist is not None:
         exits.set_shortlist(torch.rand(len(processor.tokenizer)))
-    policy = ExitPolicy({"decoder": ExitRule("confidence", (1,), (0.99,))}, precision=precision)
+    first = zoo.exit_layers(name)["decoder"][:1]
+    policy = ExitPolicy({"decoder": ExitRule("confidence", first, (0.99,))}, precision=precision)
     return Frozen(name, model, mue.freeze(model, policy, folder, processor, runtime="onnxruntime"), processor)
 
 

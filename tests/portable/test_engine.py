@@ -69,7 +69,7 @@ def test_full_depth_and_static_depths(frozen):
 
 def test_without_a_mask_and_one_by_one(frozen):
     tensors = zoo.inputs(frozen.name, 1)
-    del tensors["attention_mask"]
+    tensors.pop("attention_mask", None)
     assert_same(*both(frozen, mixed(frozen.model, frozen.name, zoo.inputs(frozen.name, ROWS)), tensors))
 
 
@@ -132,7 +132,9 @@ def test_settings_are_written(frozen):
 
 def test_groups_and_what_was_certified(frozen):
     tensors = zoo.inputs(frozen.name, ROWS)
-    rules = encoder_rules(frozen.model, frozen.name, tensors) | {"decoder": ExitRule.static(1)}
+    rules = encoder_rules(frozen.model, frozen.name, tensors) | {
+        "decoder": ExitRule.static(zoo.exit_layers(frozen.name)["decoder"][0])
+    }
     policy = ExitPolicy(rules, groups=("a",), certificate=certificate(decode={"max_new_tokens": 4}))
     expected, found = both(frozen, policy, tensors, groups=["a", "b", "a", "c", "b"])
     assert_same(expected, found)
@@ -178,6 +180,8 @@ def test_8_bits_are_those_of_the_runtime(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_inputs(frozen, wrong, message):
+    if "input_ids" in wrong and frozen.name == "coca":
+        pytest.skip("it reads no prompt beside the picture")
     given = {name: tensor.numpy() for name, tensor in zoo.inputs(frozen.name, 2).items()} | wrong
     if "input_ids" in wrong:
         given["attention_mask"] = np.ones_like(given["input_ids"])
