@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from lightning_mue.certificate import Certificate
     from lightning_mue.data import ShardsDataModule
     from lightning_mue.exits import ExitConfig, attach_exits, detach_exits, load_exits, save_exits
-    from lightning_mue.export import freeze, load
+    from lightning_mue.export import freeze, load, load_embedder
     from lightning_mue.inference import ExitEngine
+    from lightning_mue.inference.embedding import EmbedEngine
     from lightning_mue.inference.watched import WatchedEngine
     from lightning_mue.latency import LatencyTable
     from lightning_mue.policy import ExitPolicy, ExitRule
@@ -29,6 +30,7 @@ _HOMES = {
     "CalibrateExits": "callbacks",
     "Certificate": "certificate",
     "CollectTrace": "callbacks",
+    "EmbedEngine": "inference.embedding",
     "ExitConfig": "exits",
     "ExitEngine": "inference",
     "ExitPolicy": "policy",
@@ -46,6 +48,7 @@ _HOMES = {
     "detach_exits": "exits",
     "freeze": "export",
     "load": "export",
+    "load_embedder": "export",
     "load_exits": "exits",
     "save_exits": "exits",
 }
@@ -54,6 +57,7 @@ __all__ = [
     "CalibrateExits",
     "Certificate",
     "CollectTrace",
+    "EmbedEngine",
     "ExitConfig",
     "ExitEngine",
     "ExitPolicy",
@@ -71,6 +75,7 @@ __all__ = [
     "detach_exits",
     "freeze",
     "load",
+    "load_embedder",
     "load_exits",
     "save_exits",
 ]

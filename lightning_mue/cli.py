@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 LIGHTNING = {
     "fit": "train a model with exits",
@@ -18,6 +19,7 @@ OWN = {
     "quickstart": "the whole life cycle on built-in data, with a table and a report",
     "freeze": "make a bundle of a checkpoint and a policy",
     "generate": "answer for a picture with a bundle",
+    "embed": "embed pictures and texts with a bundle, and compare them",
     "benchmark": "measure a bundle on your data: quality, time, and where both come from",
     "policy": "show a policy's promise in plain words",
     "data": "write built-in data, or your copy of a public data set, as shards",
@@ -119,22 +121,67 @@ def _generate(args: Sequence[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=None)
     parser.add_argument("--runtime", help="torch, onnxruntime (the same answers, on CPUs often faster) or auto")
     found = parser.parse_args(args)
-    from PIL import Image
-
     from lightning_mue.export import load
 
-    engine = load(found.bundle, runtime=found.runtime)
+    engine, pictures = load(found.bundle, runtime=found.runtime), _pictures(found.image)
+    given = (None if text is None else [text] * len(pictures) for text in (found.decoder_prompt, found.group))
+    for answer in engine.answer(pictures, [found.prompt] * len(pictures), found.max_new_tokens, *given):
+        print(answer)
+
+
+def _embed(args: Sequence[str]) -> None:
+    parser = _parser("embed")
+    parser.add_argument("bundle", help="folder made by `mue freeze` of a model that compares (CoCa)")
+    parser.add_argument("--image", action="append", default=[], help="picture; may be given several times")
+    parser.add_argument("--text", action="append", default=[], help="text; may be given several times")
+    parser.add_argument("--out", help=".npz file for the embeddings: `image` [B, E], `text` [C, E]")
+    found = parser.parse_args(args)
+    if not found.image and not found.text:
+        parser.error("give an --image or a --text")
+    from lightning_mue.export import load_embedder
+
+    engine = load_embedder(found.bundle)
+    image = engine.embed_images(_pictures(found.image)) if found.image else None
+    text = engine.embed_texts(found.text) if found.text else None
+    for name, part in (("image", image), ("text", text)):
+        if part is not None:
+            print(f"{name}: {part.vectors.shape[1]} numbers each; layers run {part.depths.tolist()}")
+    if image is not None and text is not None:
+        for path, row in zip(found.image, (image.vectors @ text.vectors.T).tolist(), strict=True):
+            print(path)
+            for cosine, words in sorted(zip(row, found.text, strict=True), reverse=True):
+                print(f"  {cosine:+.3f}  {words}")
+    if found.out:
+        import io
+
+        import numpy as np
+
+        from lightning_mue.files import write_bytes
+
+        parts = {name: part.vectors.cpu().numpy() for name, part in (("image", image), ("text", text)) if part}
+        buffer = io.BytesIO()
+        np.savez(buffer, **parts)
+        write_bytes(Path(found.out), buffer.getvalue())
+        print(found.out)
+
+
+def _pictures(paths: Sequence[str]) -> list[Any]:
+    """Read pictures.
+
+    Raises:
+        ValueError: a file that is none.
+    """
+    from PIL import Image
+
     pictures = []
-    for path in found.image:
+    for path in paths:
         try:
             pictures.append(Image.open(path).convert("RGB"))
         except FileNotFoundError:
             raise
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
             raise ValueError(f"{path} must be a picture, and it cannot be read as one: {error}") from error
-    given = (None if text is None else [text] * len(pictures) for text in (found.decoder_prompt, found.group))
-    for answer in engine.answer(pictures, [found.prompt] * len(pictures), found.max_new_tokens, *given):
-        print(answer)
+    return pictures
 
 
 def _benchmark(args: Sequence[str]) -> None:

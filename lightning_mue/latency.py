@@ -36,7 +36,8 @@ class DecoderLatency:
     ``layer_ms[i]`` is one layer over a block of ``block_sizes[i]`` pending positions; ``cross_ms`` the cross-attention
     K/V projection of one layer, paid when the layer is first reached; ``step_ms`` what each step pays at any depth
     (embedding, vocabulary head, bookkeeping), ``exit_ms`` what leaving early adds by signal: the adapter, or less than
-    nothing where the signal computed the exit's logits already.
+    nothing where the signal computed the exit's logits already. The first ``base_layers`` layers read no memory and are
+    never left: one of them costs ``base_ms[i]``, and the others are those of ``layer_ms`` (CoCa's two halves).
     """
 
     block_sizes: tuple[int, ...]
@@ -45,12 +46,15 @@ class DecoderLatency:
     step_ms: float
     signal_ms: Mapping[str, float] = field(default_factory=dict)
     exit_ms: Mapping[str, float] = field(default_factory=dict)
+    base_layers: int = 0
+    base_ms: tuple[float, ...] = ()
 
-    def layer_cost(self, pending: np.ndarray) -> np.ndarray:
+    def layer_cost(self, pending: np.ndarray, base: bool = False) -> np.ndarray:
         """Return the ms of one layer on ``pending`` positions (0 costs 0): linear between and beyond measured sizes."""
-        cost = np.interp(pending, self.block_sizes, self.layer_ms)
+        layer_ms = self.base_ms if base else self.layer_ms
+        cost = np.interp(pending, self.block_sizes, layer_ms)
         if len(self.block_sizes) > 1:
-            (before, last), (cheaper, dearest) = self.block_sizes[-2:], self.layer_ms[-2:]
+            (before, last), (cheaper, dearest) = self.block_sizes[-2:], layer_ms[-2:]
             cost = cost + np.maximum(pending - last, 0) * max(0.0, (dearest - cheaper) / (last - before))
         return np.where(pending > 0, cost, 0.0)
 
@@ -92,7 +96,7 @@ class LatencyTable:
             raise ValueError(f"{source} must be a latency table of schema {SCHEMA}; measure it again.")
         try:
             decoder = data["decoder"]
-            decoder |= {k: tuple(decoder[k]) for k in ("block_sizes", "layer_ms")}
+            decoder |= {k: tuple(decoder[k]) for k in ("block_sizes", "layer_ms", "base_ms") if k in decoder}
             streams = {k: StreamLatency(**v) for k, v in data["streams"].items()}
             return cls(streams, DecoderLatency(**decoder), data["device"], data["threads"])
         except (KeyError, TypeError, AttributeError) as error:

@@ -24,7 +24,7 @@ def test_cost_of_a_block_is_linear_between_and_beyond_what_was_measured():
 class Ticking:
     """An executor on a clock of its own: every layer takes its own time, which grows with the positions."""
 
-    num_layers = 3
+    num_layers, base_layers = 3, 0
 
     def __init__(self):
         self.seconds, self.visited = 0.0, []
@@ -51,6 +51,15 @@ def test_layers_are_measured_in_turn_and_their_mean_is_kept():
     assert found.layer_ms == (2000.0, 4000.0, 8000.0)
     assert (found.cross_ms, found.step_ms) == (8000.0, 2250.0)
     assert executor.visited == [1, 2, 3] * (len(executor.visited) // 3)
+
+
+def test_layers_that_are_never_left_are_measured_apart():
+    executor = Ticking()
+    executor.base_layers = 1
+    found = measure_decoder(executor, 2, 5, repeats=4, clock=lambda: executor.seconds)
+    assert (found.base_layers, found.base_ms) == (1, (1000.0, 2000.0, 4000.0))
+    assert found.layer_ms == (2500.0, 5000.0, 10_000.0)
+    assert found.cross_ms == 10_000.0
 
 
 @pytest.mark.parametrize(

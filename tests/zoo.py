@@ -137,7 +137,7 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tens
         florence2_inputs,
         {"vision": [1, 3], "image": [1, 3], "text": [1, 2, 3], "decoder": [1, 2, 4], "text_reads_image": True},
     ),
-    "coca": (tiny_coca, coca_inputs, {"vision": [1, 2, 3], "decoder": [3, 4, 5]}),
+    "coca": (tiny_coca, coca_inputs, {"vision": [1, 2, 3], "text": [1], "decoder": [3, 4, 5]}),
 }
 """Name -> model, inputs, and what its ``ExitConfig`` says."""
 

@@ -2,6 +2,7 @@
 
 from lightning_mue.backbones.load import backbone_config, build_backbone, fingerprint
 from lightning_mue.backbones.stream import Backbone, DecoderStream, DecodeSettings, EncoderStream, StreamState
+from lightning_mue.backbones.stream import exit_streams as exit_streams
 from lightning_mue.backbones.stream import num_layers as num_layers
 from lightning_mue.backbones.view import EXITS, view
 
@@ -14,6 +15,7 @@ __all__ = [
     "StreamState",
     "backbone_config",
     "build_backbone",
+    "exit_streams",
     "fingerprint",
     "num_layers",
     "view",

@@ -16,6 +16,7 @@ from open_clip.coca_model import CoCa
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from lightning_mue.backbones.coca_contrast import CoCaContrast
 from lightning_mue.backbones.coca_model import CoCaForConditionalGeneration, check_towers
 from lightning_mue.backbones.generation import build_processors, generate_with_prompts, read_settings
 from lightning_mue.backbones.pieces import LayerPieces, coca_pieces
@@ -55,11 +56,6 @@ class ViTStream:
     def epilogue(self, state: StreamState) -> Tensor:
         """Return the image tokens that the decoder reads, ``[B, S, embed_dim]``."""
         return self._visual._pool(state.h_BTD)[1]
-
-    def embedding(self, state: StreamState) -> Tensor:
-        """Return the image's embedding ``[B, embed_dim]``, not normalised."""
-        pooled = self._visual._pool(state.h_BTD)[0]
-        return pooled if self._visual.proj is None else pooled @ self._visual.proj
 
 
 class CoCaDecoderStream:
@@ -184,6 +180,7 @@ class CoCaView:
         check_towers(self.coca)
         self.encoders = (ViTStream(self.coca),)
         self.decoder = CoCaDecoderStream(self.coca)
+        self.contrastive = CoCaContrast(self.coca, self.encoders[0])
 
     @cached_property
     def _shell(self) -> Any:

@@ -85,6 +85,7 @@ class Florence2View:
     """
 
     generate_inputs = ("input_ids", "pixel_values", "attention_mask", "decoder_prompt")
+    contrastive = None
 
     def __init__(self, model: Florence2ForConditionalGeneration, encoder: EncoderKind = "joint") -> None:
         self.model, self._kind = model, encoder

@@ -178,6 +178,35 @@ class DecodeSettings:
     """The same and everything else that shapes the output, as plain values (kept in certificates)."""
 
 
+class Contrastive(Protocol):
+    """Pictures and texts in one space: a stream of each, and embeddings of the states with which they left."""
+
+    @property
+    def image(self) -> EncoderStream:
+        """The stream of pictures; one of the backbone's encoders."""
+
+    @property
+    def text(self) -> EncoderStream:
+        """The stream of texts; reads ``text_ids [B, T]``."""
+
+    @property
+    def pad_id(self) -> int:
+        """The padding of texts."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a text at most, start and end included."""
+
+    def image_embedding(self, state: StreamState) -> Tensor:
+        """Return unit vectors ``[B, E]`` of pictures that left with these states."""
+
+    def text_embedding(self, state: StreamState) -> Tensor:
+        """Return unit vectors ``[B, E]`` of texts that left with these states."""
+
+    def logits(self, image_BE: Tensor, text_CE: Tensor) -> Tensor:
+        """Return how alike pictures and texts are, ``[B, C]``, at the model's temperature."""
+
+
 class Backbone(Protocol):
     """A model seen as streams."""
 
@@ -192,6 +221,10 @@ class Backbone(Protocol):
     @property
     def decoder(self) -> DecoderStream:
         """The decoder."""
+
+    @property
+    def contrastive(self) -> Contrastive | None:
+        """What compares pictures with texts, or None."""
 
     @property
     def generate_inputs(self) -> tuple[str, ...]:
@@ -225,6 +258,12 @@ class Backbone(Protocol):
 def num_layers(backbone: Backbone) -> dict[str, int]:
     """Return stream name -> layers at full depth, in the order the streams run."""
     return {s.name: s.num_layers for s in backbone.encoders} | {"decoder": backbone.decoder.num_layers}
+
+
+def exit_streams(backbone: Backbone) -> dict[str, int]:
+    """Return stream name -> layers of all streams that may have exits, one that only compares among them."""
+    beside = {} if backbone.contrastive is None else {"text": backbone.contrastive.text.num_layers}
+    return num_layers(backbone) | beside
 
 
 def additive_mask(valid_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:

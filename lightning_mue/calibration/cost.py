@@ -104,7 +104,9 @@ def just_in_time(
         levels: all depths that may occur, rising.
         samples: how many there are.
     """
-    block_ms = cost.layer_cost(np.arange(position.max(initial=0) + 1))
+    block_sizes, base = np.arange(position.max(initial=0) + 1), cost.base_layers
+    block_ms = cost.layer_cost(block_sizes)
+    base_ms = cost.layer_cost(block_sizes, base=True) if base else np.zeros(1)
     ms, pairs, below = np.zeros(samples), np.zeros(samples, dtype=np.int64), 0
     for level in levels:  # the layers between two of them are run by the same tokens
         if below:
@@ -113,8 +115,10 @@ def just_in_time(
         starts, ends = (np.flatnonzero(np.diff(sample, **at)) for at in ({"prepend": -1}, {"append": -1}))
         pending = np.diff(position, prepend=0)
         pending[starts] = position[starts]
-        ms += (level - below) * np.bincount(sample, block_ms[pending], samples)
-        ms[sample[starts]] += (level - below) * cost.cross_ms
+        upper, lower = max(0, level - max(below, base)), max(0, min(level, base) - below)
+        ms += upper * np.bincount(sample, block_ms[pending], samples)
+        ms += np.bincount(sample, lower * base_ms[pending], samples) if lower else 0.0
+        ms[sample[starts]] += upper * cost.cross_ms
         pairs[sample[ends]] += (level - below) * position[ends]
         below = level
     return ms, pairs

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones import EXITS, DecoderStream, num_layers, view
+from lightning_mue.backbones import EXITS, DecoderStream, exit_streams, view
 from lightning_mue.exits.adapter import Adapter
 from lightning_mue.exits.config import ExitConfig
 from lightning_mue.exits.gate import ExitGate, pool, top_two
@@ -123,8 +123,10 @@ def attach_exits(model: nn.Module, config: ExitConfig | Mapping[str, Any]) -> Ex
     if hasattr(model, EXITS):
         raise ValueError("Exits are attached already; call `detach_exits(model)` first.")
     backbone = view(model, config.encoder_kind)
-    config.check(num_layers(backbone), {"decoder": backbone.decoder.first_exit})
+    config.check(exit_streams(backbone), {"decoder": backbone.decoder.first_exit})
     widths = {s.name: s.width for s in backbone.encoders} | {"decoder": backbone.decoder.width}
+    if backbone.contrastive is not None:
+        widths["text"] = backbone.contrastive.text.width
     like = next(model.parameters())
     exits = Exits(config, widths, backbone.decoder.vocab_size).to(device=like.device, dtype=like.dtype)
     exits.train(model.training)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_mue.export.freezing import freeze
-    from lightning_mue.export.loading import load
+    from lightning_mue.export.loading import load, load_embedder
 
-_HOMES = {"freeze": "freezing", "load": "loading"}
+_HOMES = {"freeze": "freezing", "load": "loading", "load_embedder": "loading"}
 
-__all__ = ["freeze", "load"]
+__all__ = ["freeze", "load", "load_embedder"]
 
 
 def __getattr__(name: str) -> Any:

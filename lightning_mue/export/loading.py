@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_mue.export.manifest import check_manifest
 from lightning_mue.policy import ExitPolicy
@@ -13,6 +13,7 @@ from lightning_mue.portable.names import GRAPH_WEIGHTS, GRAPHS, POLICY, PROCESSO
 if TYPE_CHECKING:
     import torch
 
+    from lightning_mue.inference.embedding import EmbedEngine
     from lightning_mue.inference.engine import ExitEngine
     from lightning_mue.portable.engine import PortableEngine
 
@@ -38,6 +39,22 @@ def load(
         raise ValueError(f"{folder} is not a bundle: there is no such folder.")
     check_manifest(folder)
     return _load_graphs(folder, device, runtime) if (folder / GRAPHS).is_file() else _load(folder, device, runtime)
+
+
+def load_embedder(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> EmbedEngine:
+    """Read a bundle of a model that compares pictures with texts, to embed them.
+
+    Args:
+        folder: of the bundle; one of modules, not of graphs.
+        device: where the model goes.
+
+    Raises:
+        ValueError: not such a bundle, another schema, or a file that is missing, damaged or of another bundle.
+    """
+    from lightning_mue.inference.embedding import EmbedEngine
+
+    engine: Any = load(folder, device, "torch")
+    return EmbedEngine(engine.original, engine.policy, check_fingerprint=False, processor=engine.processor)
 
 
 def _load(folder: Path, device: str | torch.device, runtime: str | None) -> ExitEngine:

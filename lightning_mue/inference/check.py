@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_mue.backbones import Backbone, num_layers
+from lightning_mue.backbones import Backbone, exit_streams
 from lightning_mue.exits import Exits
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.signals import NEEDS_LOGITS
@@ -14,7 +14,7 @@ def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) ->
     Raises:
         ValueError: what does not fit, what there is, and what to do.
     """
-    layers = num_layers(backbone)
+    layers = exit_streams(backbone)
     for stream, rule in policy.rules.items():
         if stream not in layers:
             raise ValueError(f"The policy names the stream {stream!r}; this backbone has {list(layers)}.")

@@ -53,7 +53,7 @@ def encode(
     for stream in backbone.encoders if streams is None else streams:
         with stopwatch.part(stream.name):
             state = stream.prologue(inputs, outputs)
-            h_BTD, depth_B, runs = _climb(stream, exits, state.at(state.h_BTD), rules.get(stream.name), on_exit)
+            h_BTD, depth_B, runs = climb(stream, exits, state.at(state.h_BTD), rules.get(stream.name), on_exit)
             outputs[stream.name] = stream.epilogue(state.at(h_BTD))
         depths[stream.name], layer_runs[stream.name] = depth_B, runs
     return Encoded(backbone.memory(outputs), depths, layer_runs)
@@ -73,10 +73,25 @@ def stream_scores(
     return torch.ones(state.h_BTD.shape[0], device=state.h_BTD.device)
 
 
-def _climb(
-    stream: EncoderStream, exits: Exits | None, state: StreamState, rule: ExitRule | None, on_exit: OnExit | None
+def climb(
+    stream: EncoderStream,
+    exits: Exits | None,
+    state: StreamState,
+    rule: ExitRule | None,
+    on_exit: OnExit | None = None,
 ) -> tuple[Tensor, Tensor, int]:
-    """Return the exit branches' states ``[B, T, D]``, the depths ``[B]`` and the number of layer calls."""
+    """Run a stream's layers; every sample leaves at its own.
+
+    Args:
+        stream: whose layers they are.
+        exits: the backbone's, or None.
+        state: that enters layer 1; it is changed.
+        rule: when to leave; None: never early.
+        on_exit: called at each layer passed.
+
+    Returns:
+        The exit branches' states ``[B, T, D]``, the depths ``[B]`` and the number of layer calls.
+    """
     batch = len(state.h_BTD)
     depths = torch.full((batch,), stream.num_layers, device=state.h_BTD.device)
     rows = torch.arange(batch, device=state.h_BTD.device)

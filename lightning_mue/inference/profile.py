@@ -59,9 +59,7 @@ def measure_latency(
         fixed = ms[f"{stream.name}.prologue"] + ms[f"{stream.name}.epilogue"]
         layer, adapter = ms[f"{stream.name}.layers"] / stream.num_layers, ms.get(f"{stream.name}.adapter", 0.0)
         streams[stream.name] = StreamLatency(fixed, layer, signals, adapter)
-    return LatencyTable(
-        streams, _decoder_latency(ms, executor.num_layers), device_name(device), torch.get_num_threads()
-    )
+    return LatencyTable(streams, _decoder_latency(ms, executor), device_name(device), torch.get_num_threads())
 
 
 @torch.inference_mode()
@@ -78,18 +76,21 @@ def measure_decoder(
         clock: seconds.
     """
     pieces = _decoder_pieces(executor, None, start_id, length)
-    return _decoder_latency(_time(pieces, repeats, torch.device("cpu"), clock), executor.num_layers)
+    return _decoder_latency(_time(pieces, repeats, torch.device("cpu"), clock), executor)
 
 
-def _decoder_latency(ms: dict[str, float], num_layers: int) -> DecoderLatency:
-    sizes = tuple(m for m in BLOCK_SIZES if f"decoder.layers{m}" in ms)
+def _decoder_latency(ms: dict[str, float], executor: Any) -> DecoderLatency:
+    sizes, base = tuple(m for m in BLOCK_SIZES if f"decoder.layers{m}" in ms), executor.base_layers
+    upper = executor.num_layers - base
     return DecoderLatency(
         sizes,
-        tuple(ms[f"decoder.layers{m}"] / num_layers for m in sizes),
-        ms["decoder.memory"] / num_layers,
+        tuple(ms[f"decoder.layers{m}"] / upper for m in sizes),
+        ms["decoder.memory"] / upper,
         ms["decoder.embed"] + ms["decoder.head"],
         {s: ms[f"decoder.{s}"] for s in DECODER_SIGNALS if f"decoder.{s}" in ms},
         _exit_ms(ms),
+        base,
+        tuple(ms[f"decoder.base{m}"] / base for m in sizes) if base else (),
     )
 
 
@@ -148,9 +149,9 @@ def _push(executor: Any, block: Block, k: int) -> None:
     executor.run_layer(k, [block])
 
 
-def _each(num_layers: int, run: Callable[[int], object]) -> Callable[[], object]:
-    """Return what runs all layers in turn: as in a decode, the weights of the next are not in the processor's cache."""
-    return lambda: [run(k) for k in range(1, num_layers + 1)]
+def _each(layers: Sequence[int], run: Callable[[int], object]) -> Callable[[], object]:
+    """Return what runs layers in turn: as in a decode, the weights of the next are not in the processor's cache."""
+    return lambda: [run(k) for k in layers]
 
 
 def _ready(
@@ -169,16 +170,20 @@ def _ready(
 
 def _decoder_pieces(executor: Any, exits: Exits | None, start_id: int, length: int) -> Pieces:
     layers, at = executor.num_layers, length - 1
+    base, upper = range(1, executor.base_layers + 1), range(executor.base_layers + 1, layers + 1)
     executor.embed([0], 0, [[start_id] * length])
-    _each(layers, partial(_push, executor, (0, length, [0])))()
+    _each([*base, *upper], partial(_push, executor, (0, length, [0])))()
     pieces: Pieces = {
         "decoder.embed": partial(executor.embed, [0], at, [[start_id]]),
         "decoder.head": partial(executor.choose, {layers: [(0, at)]}),
-        "decoder.memory": _each(layers, lambda k: executor.project_memory(k, [0])),
+        "decoder.memory": _each(upper, lambda k: executor.project_memory(k, [0])),
     }
     for m in BLOCK_SIZES:
         if m <= length:
-            pieces[f"decoder.layers{m}"] = _each(layers, partial(_push, executor, (length - m, length, [0])))
+            push = partial(_push, executor, (length - m, length, [0]))
+            pieces[f"decoder.layers{m}"] = _each(upper, push)
+            if base:
+                pieces[f"decoder.base{m}"] = _each(base, push)
     if exits is not None and "decoder" in exits.layers:
         pieces["decoder.exit"] = partial(executor.choose, {exits.layers["decoder"][0]: [(0, at)]})
     for signal in _signals(exits, "decoder", DECODER_SIGNALS):

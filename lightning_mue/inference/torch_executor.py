@@ -60,7 +60,7 @@ class TorchExecutor:
             )
         self._exits, self._processors, self._watch = exits, processors, stopwatch
         self._memory, self._memory_mask = memory_BSD, memory_mask
-        self.num_layers = decoder.num_layers
+        self.num_layers, self.base_layers = decoder.num_layers, decoder.first_exit - 1
         self.batch, self._beams = memory_BSD.shape[0] * beams, beams
         self._owner_RT: Tensor | None = None
         self._closed = None if closed is None else torch.tensor(closed, device=memory_BSD.device)

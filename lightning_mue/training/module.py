@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryAUROC
 
-from lightning_mue.backbones import backbone_config, build_backbone, view
+from lightning_mue.backbones import backbone_config, build_backbone, num_layers, view
 from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached
 from lightning_mue.inference import ExitEngine, ExitOutput
 from lightning_mue.inference.rows import groups_of
@@ -26,6 +26,7 @@ from lightning_mue.training.depths import sample_step
 from lightning_mue.training.gates import decoder_gate_logits
 from lightning_mue.training.losses import Weighting
 from lightning_mue.training.objective import Objective, objective
+from lightning_mue.training.pairs import Pairs
 from lightning_mue.training.shortlist import FirstLabels, begin_shortlist
 from lightning_mue.training.start import Learners, let_learn, take_weights
 from lightning_mue.training.supervised import IGNORE, Supervised, supervise
@@ -55,6 +56,7 @@ class MultiExitModule(L.LightningModule):
             references; such a step decodes.
         distill: weight of the KL divergence from the last exit's distribution to each earlier decoder exit's.
         distill_temperature: of both distributions (Hinton et al., 2015).
+        contrast: weight of the contrastive loss, for a backbone that compares pictures with texts (CoCa: 0.5).
         propagate: share of steps in which every target position leaves the decoder at a random exit and deeper layers
             read the state it left with, as under K/V fill ``propagate`` (CALM).
         init_from: checkpoint whose weights training begins with, wherever name and shape are the same (another task,
@@ -81,6 +83,7 @@ class MultiExitModule(L.LightningModule):
         own_path: float = 0.0,
         distill: float = 0.0,
         distill_temperature: float = 1.0,
+        contrast: float = 0.0,
         propagate: float = 0.0,
         init_from: str | None = None,
         learns: Learners = "all",
@@ -102,6 +105,8 @@ class MultiExitModule(L.LightningModule):
         self._score = AnswerScore("exact_match")
         signals = ("gate", "similarity") if config.gate else ("similarity",)
         self._auroc: Any = nn.ModuleDict({f"{s}_{k}": BinaryAUROC() for k in config.decoder for s in signals})
+        compares = self.supervision.contrast and self.backbone.contrastive is not None
+        self._pairs = Pairs(self.backbone, self.exits) if compares else None
         self._first_labels: FirstLabels | None = None
         self._init_from = init_from
 
@@ -125,7 +130,8 @@ class MultiExitModule(L.LightningModule):
         if self._first_labels is not None:
             self._first_labels.see(batch["labels"])
         progress = self.trainer.global_step / max(1, self._total_steps)
-        step = sample_step(self.supervision, self.exits.layers, self.trainer.global_step, progress)
+        layers = {name: ks for name, ks in self.exits.layers.items() if name in num_layers(self.backbone)}
+        step = sample_step(self.supervision, layers, self.trainer.global_step, progress)
         losses: Objective = objective(self.backbone, self.exits, batch, batch["labels"], step, self.supervision)
         self.log("train/loss", losses.total)
         self.log("train/gates", losses.gates)
@@ -133,6 +139,8 @@ class MultiExitModule(L.LightningModule):
             self.log("train/loss_full_depth", losses.by_exit[self.backbone.decoder.num_layers], prog_bar=True)
         if self.supervision.distill:
             self.log("train/distill", losses.distill)
+        for k, loss in losses.contrast.items():
+            self.log(f"train/contrast_{k}", loss)
         return losses.total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -145,18 +153,24 @@ class MultiExitModule(L.LightningModule):
         """
         labels_BT, last = batch["labels"], self.backbone.decoder.num_layers
         options: dict[str, Mapping[str, int]] = {}
-        for stream, layers in self.exits.layers.items():
-            options |= {f"{stream}_{k}/": {stream: k} for k in layers if stream != "decoder"}
+        for stream in self.backbone.encoders:
+            layers = self.exits.layers.get(stream.name, ())
+            options |= {f"{stream.name}_{k}/": {stream.name: k} for k in layers}
         found = supervise(self.backbone, self.exits, batch, labels_BT, {})
         results = {"" if k == last else f"decoder_{k}/": result for k, result in found.results.items()}
+        passes = {"": found}
         for name, depths in options.items():
-            results[name] = supervise(self.backbone, self.exits, batch, labels_BT, depths, [last]).last
+            passes[name] = supervise(self.backbone, self.exits, batch, labels_BT, depths, [last])
+            results[name] = passes[name].last
         for name, result in results.items():
             exact = _all_right(result.tokens_N, labels_BT).float().mean()
             size, on_bar = len(labels_BT), name == ""
             self.log(f"val/{name}loss", result.loss, batch_size=size, sync_dist=True)
             self.log(f"val/{name}exact", exact, batch_size=size, sync_dist=True, prog_bar=on_bar)
         self._see_signals(found)
+        if self._pairs is not None:
+            start_id = self.backbone.decode_settings(None).start_id
+            self._pairs.see(self.backbone, self.exits, passes, labels_BT, start_id)
 
     def on_validation_epoch_end(self) -> None:
         """Log how well signals tell where the decoder's exits agree with the last layer."""
@@ -167,6 +181,8 @@ class MultiExitModule(L.LightningModule):
                 value = metric.compute()
             metric.reset()
             self.log(f"val/decoder_{k}/{signal}_auroc", value if value > 0 else value * math.nan, sync_dist=True)
+        if self._pairs is not None:
+            self.log_dict({f"val/{what}": value for what, value in self._pairs.results().items()})
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Decode under ``self.policy`` and log exact match and mean exit depths."""

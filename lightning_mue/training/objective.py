@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_mue.backbones import Backbone
 from lightning_mue.backbones.stream import Inputs
 from lightning_mue.exits import Exits
+from lightning_mue.training.contrast import contrast
 from lightning_mue.training.depths import Step, sample_token_depths
 from lightning_mue.training.gates import decoder_gates, own_path, stream_gates
 from lightning_mue.training.losses import exit_weights
@@ -37,12 +38,14 @@ class Objective:
         gates: of the gates, without their weight.
         distill: mean divergence of the exits from the last one, without its weight.
         by_exit: decoder layer -> its cross-entropy; empty in a step with propagated states.
+        contrast: layer of the text stream -> contrastive loss; empty where nothing is compared.
     """
 
     total: Tensor
     gates: Tensor
     distill: Tensor
     by_exit: dict[int, Tensor]
+    contrast: dict[int, Tensor]
 
 
 def objective(
@@ -62,7 +65,7 @@ def objective(
         how: the settings.
     """
     gates = distill = zero = torch.zeros((), device=labels_BT.device)
-    found, by_exit = None, dict[int, Tensor]()
+    found, by_exit, compared = None, dict[int, Tensor](), dict[int, Tensor]()
     if step.token_seed is not None:
         deep = propagated_loss(backbone, exits, inputs, labels_BT, step, how)
     else:
@@ -73,6 +76,11 @@ def objective(
         deep = sum((weight * loss for weight, loss in weights), zero)
         apart = [result.divergence for result in found.results.values() if result.divergence is not None]
         distill = torch.stack(apart).mean() if apart else distill
+        if how.contrast and backbone.contrastive is not None:
+            left = found.left[backbone.contrastive.image.name]
+            compared = contrast(backbone.contrastive, exits, left, labels_BT, backbone.decode_settings(None).start_id)
+            weights = zip(exit_weights(how.weighting, tuple(compared)), compared.values(), strict=True)
+            deep = deep + how.contrast * sum((weight * loss for weight, loss in weights), zero)
     if exits.config.gate and how.gate_weight:
         gates = gates + _decoder_gates(backbone, exits, inputs, found, step, how)
         gates = gates + stream_gates(backbone, exits, inputs, labels_BT, step.depths, how.gate_balance)
@@ -80,7 +88,7 @@ def objective(
     module = backbone.model if torch.distributed.is_initialized() else exits
     idle = sum(p.sum() for p in module.parameters() if p.requires_grad) * 0.0
     total = deep + how.distill * distill + how.gate_weight * gates + idle
-    return Objective(total, gates.detach(), distill.detach(), by_exit)
+    return Objective(total, gates.detach(), distill.detach(), by_exit, compared)
 
 
 def propagated_loss(

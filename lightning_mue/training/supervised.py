@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mue.backbones import Backbone
+from lightning_mue.backbones import Backbone, StreamState
 from lightning_mue.backbones.stream import Inputs, causal_mask
 from lightning_mue.exits import Exits
 from lightning_mue.prompt import IGNORE, prompt_lengths
@@ -55,12 +55,14 @@ class Supervised:
         states: the decoder's after every layer, from the embedding on.
         streams: each other stream's at the exits it passed.
         counts_BT: True at target tokens that count.
+        left: the states with which each other stream was left, adapters applied.
     """
 
     results: dict[int, ExitResult]
     states: list[Tensor]
     streams: dict[str, StreamStates]
     counts_BT: Tensor
+    left: dict[str, StreamState]
 
     @property
     def last(self) -> ExitResult:
@@ -98,7 +100,8 @@ def supervise(
         distill_temperature: compare the exits with the last one at this temperature; None does not.
     """
     ids_BT, labels_BT = teacher_forced(backbone, inputs, labels_BT)
-    states, streams = run_streams(backbone, exits, inputs, ids_BT, depths)
+    memory_BSD, streams, left = encode(backbone, exits, inputs, depths)
+    states = decoder_states(backbone, memory_BSD, backbone.memory_mask(inputs), ids_BT)
     teacher, last = None, backbone.decoder.num_layers
     if distill_temperature is not None:
         logits_NV = exit_logits(backbone, exits, last, states[last][labels_BT != IGNORE]).detach()
@@ -108,7 +111,7 @@ def supervise(
         k: exit_result(backbone, exits, k, states[k], labels_BT, teacher if k < last else None)
         for k in at or decoder_exits(backbone, exits)
     }
-    return Supervised(results, states, streams, labels_BT != IGNORE)
+    return Supervised(results, states, streams, labels_BT != IGNORE, left)
 
 
 def run_streams(
@@ -120,20 +123,21 @@ def run_streams(
     depth_BT: Tensor | None = None,
 ) -> tuple[list[Tensor], dict[str, StreamStates]]:
     """Run everything but the heads; return the decoder's states after every layer and the other streams' at exits."""
-    memory_BSD, streams = encode(backbone, exits, inputs, depths)
+    memory_BSD, streams, _ = encode(backbone, exits, inputs, depths)
     return decoder_states(backbone, memory_BSD, backbone.memory_mask(inputs), ids_BT, depth_BT), streams
 
 
 def encode(
     backbone: Backbone, exits: Exits, inputs: Inputs, depths: Mapping[str, int]
-) -> tuple[Tensor, dict[str, StreamStates]]:
+) -> tuple[Tensor, dict[str, StreamStates], dict[str, StreamState]]:
     """Run the streams before the decoder, each left after ``depths[name]`` layers (full depth where not named).
 
     Returns:
-        The decoder's memory ``[B, S, D]`` and each stream's states at the exits passed.
+        The decoder's memory ``[B, S, D]``, each stream's states at the exits passed, and those with which it was left.
     """
     done: dict[str, Tensor] = {}
     states: dict[str, StreamStates] = {}
+    left: dict[str, StreamState] = {}
     for stream in backbone.encoders:
         depth = depths.get(stream.name, stream.num_layers)
         state = stream.prologue(inputs, done)
@@ -142,8 +146,9 @@ def encode(
             state.h_BTD = stream.layer(k, state)
             if k in exits.layers.get(stream.name, ()):
                 states[stream.name].at_exit[k] = state.h_BTD.detach()
-        done[stream.name] = stream.epilogue(state.at(exits.adapt(stream.name, depth, state.h_BTD)))
-    return backbone.memory(done), states
+        left[stream.name] = state.at(exits.adapt(stream.name, depth, state.h_BTD))
+        done[stream.name] = stream.epilogue(left[stream.name])
+    return backbone.memory(done), states, left
 
 
 def decoder_states(

@@ -1,5 +1,7 @@
 """Costs of depths, by the schedule itself: every call that it makes is paid for as it comes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -20,16 +22,17 @@ class Paying:
 
     num_layers = LAYERS
 
-    def __init__(self, rule):
-        self.ms, self.rule, self.reached = 0.0, rule, set()
+    def __init__(self, rule, decoder=DECODER):
+        self.ms, self.rule, self.decoder, self.reached = 0.0, rule, decoder, set()
 
     def embed(self, rows, first, tokens):
         pass
 
     def run_layer(self, layer, pending):
+        base = layer <= self.decoder.base_layers
         for first, last, rows in pending:
-            self.ms += len(rows) * float(DECODER.layer_cost(np.array(last - first)))
-        self.ms += 0.0 if layer in self.reached else DECODER.cross_ms
+            self.ms += len(rows) * float(self.decoder.layer_cost(np.array(last - first), base))
+        self.ms += 0.0 if layer in self.reached or base else self.decoder.cross_ms
         self.reached.add(layer)
 
     def score(self, signal, layer, places):
@@ -46,24 +49,29 @@ class Paying:
 
 @pytest.mark.parametrize("signal", [None, "gate"])
 @pytest.mark.parametrize("prompt", [0, 3])
-def test_a_decode_costs_what_its_schedule_asks_for(signal, prompt):
-    rng, rule = np.random.default_rng(prompt), signal and ExitRule(signal, (1, 3, 4), (1.0, 1.0, 1.0))
-    depths_BT = rng.choice([1, 3, 4, LAYERS], (20, STEPS))
+@pytest.mark.parametrize("base", [0, 2])
+def test_a_decode_costs_what_its_schedule_asks_for(signal, prompt, base):
+    """Also where the first layers are never left, read no memory and cost less."""
+    decoder = replace(DECODER, base_layers=base, base_ms=(0.2, 0.3, 0.7) if base else ())
+    first = base + 1
+    rng, rule = np.random.default_rng(prompt), signal and ExitRule(signal, (first, 4, 5), (1.0, 1.0, 1.0))
+    depths_BT = rng.choice([first, 4, 5, LAYERS], (20, STEPS))
     lengths_B = rng.integers(1, STEPS + 1, 20)
     depths_BT[np.arange(STEPS) >= lengths_B[:, None]] = 0
     paid = []
     for depths, length in zip(depths_BT.tolist(), lengths_B.tolist(), strict=True):
-        executor = Paying(rule)
+        executor = Paying(rule, decoder)
         forced = None if rule else [depths[:length]]
 
         def thresholds(step, executor=executor, depths=depths):
             executor.left = depths[step]
-            return dict.fromkeys((1, 3, 4), 1.0)
+            return dict.fromkeys((first, 4, 5), 1.0)
 
         decode(executor, DecoderExits("gate", thresholds, forced=forced), [[2] * (prompt + 1)], (), length)
         paid.append(executor.ms)
-    rules = {"decoder": rule} if rule else None
-    assert predicted_ms(TABLE, {"decoder": depths_BT}, rules, prompt)["decoder"] == pytest.approx(paid)
+    rules, table = {"decoder": rule} if rule else None, replace(TABLE, decoder=decoder)
+    assert predicted_ms(table, {"decoder": depths_BT}, rules, prompt)["decoder"] == pytest.approx(paid)
+    assert LatencyTable.from_json(table.to_json()) == table
 
 
 def test_prompts_of_several_lengths_and_answers_that_are_empty():

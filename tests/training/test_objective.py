@@ -221,7 +221,7 @@ def test_propagated_states_are_those_of_decoding_token_by_token(name, weighting)
     assert losses.distill == 0
     layers = decoder_exits(backbone, exits)
     depths = torch.tensor(layers)[torch.randint(len(layers), labels.shape, generator=torch.Generator().manual_seed(9))]
-    memory, _ = encode(backbone, exits, tensors, {})
+    memory, _, _ = encode(backbone, exits, tensors, {})
     weights = dict(zip(layers, exit_weights(weighting, layers), strict=True))
     expected, count = 0.0, int((labels >= 0).sum())
     for row in range(len(labels)):

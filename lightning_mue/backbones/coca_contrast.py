@@ -1,0 +1,98 @@
+"""CoCa's two towers as what compares pictures with texts: streams that may be left early, and their embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from open_clip.coca_model import CoCa
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lightning_mue.backbones.stream import EncoderStream, Inputs, LayerCall, Outputs, StreamState
+
+
+class CoCaTextStream:
+    """The unimodal half as an encoder of whole texts: open_clip's [CLS] stands after them and becomes the embedding.
+
+    It reads ``text_ids [B, T]``: start token, text, end token, padded on the right with the tower's padding.
+    """
+
+    name = "text"
+
+    def __init__(self, coca: CoCa) -> None:
+        self._text: Any = coca.text
+        self._blocks = self._text.transformer.resblocks
+        self.num_layers, self.width = len(self._blocks), self._text.width
+
+    def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
+        """Embeddings, and open_clip's mask of padding and of what comes later, ``[B, T, T]``."""
+        h_BTD, mask = self._text._embeds(inputs["text_ids"])
+        heads = self._text.heads
+        if mask is not None:  # open_clip has it once for every head
+            mask = mask[::heads] if mask.ndim == 3 else mask.expand(len(h_BTD), -1, -1)
+        return StreamState(h_BTD, mask=mask)
+
+    def call(self, k: int, state: StreamState) -> LayerCall:
+        """Not exported: texts are short."""
+        raise NotImplementedError("CoCa's text tower is no graph yet; embed texts in torch")
+
+    def layer(self, k: int, state: StreamState) -> Tensor:
+        """Run one block."""
+        mask = None if state.mask is None else state.mask.repeat_interleave(self._text.heads, 0)
+        return self._blocks[k - 1](state.h_BTD, attn_mask=mask)
+
+    def epilogue(self, state: StreamState) -> Tensor:
+        """Return the states; nothing but the embedding is made of them."""
+        return state.h_BTD
+
+
+class CoCaContrast:
+    """Pictures and texts in one space (CoCa, section 3.2).
+
+    Args:
+        coca: the model.
+        image: its image tower's stream.
+
+    Attributes:
+        image: stream of pictures.
+        text: stream of texts.
+    """
+
+    def __init__(self, coca: CoCa, image: EncoderStream) -> None:
+        self._coca: Any = coca
+        self.image: EncoderStream = image
+        self.text: EncoderStream = CoCaTextStream(coca)
+
+    def image_embedding(self, state: StreamState) -> Tensor:
+        """Return unit vectors ``[B, E]`` of pictures that left with these states: pooler, norm, projection."""
+        visual = self._coca.visual
+        pooled = visual._pool(state.h_BTD)[0]
+        return normalize(pooled if visual.proj is None else pooled @ visual.proj, dim=-1)
+
+    def text_embedding(self, state: StreamState) -> Tensor:
+        """Return unit vectors ``[B, E]`` of texts that left with these states."""
+        text = self._coca.text
+        pooled_BD = text.ln_final(state.h_BTD[:, -1])
+        if text.text_projection is None:
+            return normalize(pooled_BD, dim=-1)
+        if isinstance(text.text_projection, torch.nn.Linear):
+            return normalize(text.text_projection(pooled_BD), dim=-1)
+        return normalize(pooled_BD @ text.text_projection, dim=-1)
+
+    def logits(self, image_BE: Tensor, text_CE: Tensor) -> Tensor:
+        """Return how alike pictures and texts are, ``[B, C]``, at the model's temperature."""
+        logits_BC = self._coca.logit_scale.exp() * image_BE @ text_CE.T
+        return logits_BC if self._coca.logit_bias is None else logits_BC + self._coca.logit_bias
+
+    @property
+    def pad_id(self) -> int:
+        """The padding of texts."""
+        pad_id: int = self._coca.text.pad_id
+        return pad_id
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a text at most, start and end included."""
+        longest: int = self._coca.text.context_length
+        return longest

@@ -1,0 +1,105 @@
+"""The contrastive loss: pictures and texts of a batch find each other, whichever layer they leave after.
+
+Shapes: ``B`` pairs of a batch, of all processes together; ``E`` width of embeddings; ``T`` tokens of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+from torch.nn.functional import cross_entropy
+
+from lightning_mue.backbones import StreamState
+from lightning_mue.backbones.stream import Contrastive
+from lightning_mue.exits import Exits
+from lightning_mue.prompt import IGNORE
+
+
+def contrast(
+    contrastive: Contrastive, exits: Exits, left: StreamState, labels_BT: Tensor, start_id: int
+) -> dict[int, Tensor]:
+    """Return layer of the text stream (its exits and the last) -> contrastive loss.
+
+    Args:
+        contrastive: the backbone's.
+        exits: its exits.
+        left: the states with which pictures left.
+        labels_BT: tokens of their texts, ended by the end token, -100 at padding.
+        start_id: the token before them.
+    """
+    text_BT = text_ids(labels_BT, start_id, contrastive.pad_id)
+    image_BE = gathered(contrastive.image_embedding(left))
+    same_BB = equal_rows(gathered_texts(text_BT, contrastive.pad_id))
+    return {
+        k: info_nce(contrastive.logits(image_BE, gathered(text_BE)), same_BB)
+        for k, text_BE in text_embeddings(contrastive, exits, text_BT).items()
+    }
+
+
+def text_ids(labels_BT: Tensor, start_id: int, pad_id: int) -> Tensor:
+    """Return whole texts as the text stream reads them, ``[B, 1 + T]``."""
+    start_B1 = labels_BT.new_full((len(labels_BT), 1), start_id)
+    return torch.cat([start_B1, labels_BT.masked_fill(labels_BT == IGNORE, pad_id)], 1)
+
+
+def text_embeddings(contrastive: Contrastive, exits: Exits, text_BT: Tensor) -> dict[int, Tensor]:
+    """Return layer (the exits of the text stream and its last) -> embeddings ``[B, E]``."""
+    stream = contrastive.text
+    state = stream.prologue({"text_ids": text_BT}, {})
+    found = {}
+    for k in range(1, stream.num_layers + 1):
+        state.h_BTD = stream.layer(k, state)
+        if k in exits.layers.get(stream.name, ()) or k == stream.num_layers:
+            found[k] = contrastive.text_embedding(state.at(exits.adapt(stream.name, k, state.h_BTD)))
+    return found
+
+
+def info_nce(logits_BB: Tensor, same_BB: Tensor) -> Tensor:
+    """Return the mean over both directions of finding one's own counterpart (CoCa, equation 2).
+
+    Args:
+        logits_BB: pictures by texts.
+        same_BB: True where two texts are one and the same; such a pair is no negative, and is left out.
+    """
+    own_B = torch.arange(len(logits_BB), device=logits_BB.device)
+    others = same_BB & ~torch.eye(len(same_BB), dtype=torch.bool, device=same_BB.device)
+    logits_BB = logits_BB.float().masked_fill(others, -torch.inf)
+    return (cross_entropy(logits_BB, own_B) + cross_entropy(logits_BB.T, own_B)) / 2
+
+
+def equal_rows(ids_BT: Tensor) -> Tensor:
+    """Return which texts are the same, ``[B, B]``."""
+    return (ids_BT[:, None] == ids_BT[None]).all(-1)
+
+
+def gathered(x_BE: Tensor) -> Tensor:
+    """Return the rows of all processes, this one's with their gradient and the others' too."""
+    return _joined(x_BE, all_gather) if _processes() > 1 else x_BE
+
+
+def gathered_texts(ids_BT: Tensor, pad_id: int) -> Tensor:
+    """Return the texts of all processes, padded to the longest."""
+    if _processes() == 1:
+        return ids_BT
+    length = torch.tensor(ids_BT.shape[1], device=ids_BT.device)
+    torch.distributed.all_reduce(length, torch.distributed.ReduceOp.MAX)
+    padding = ids_BT.new_full((len(ids_BT), int(length) - ids_BT.shape[1]), pad_id)
+    return _joined(torch.cat([ids_BT, padding], 1), _all_gather)
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _joined(x: Tensor, gather: Callable[[Tensor], object]) -> Tensor:
+    found: Tensor = torch.cat(list(gather(x.contiguous())))  # type: ignore[call-overload]
+    return found
+
+
+def _all_gather(x: Tensor) -> list[Tensor]:
+    found = [torch.empty_like(x) for _ in range(_processes())]
+    torch.distributed.all_gather(found, x)
+    return found

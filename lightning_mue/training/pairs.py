@@ -1,0 +1,68 @@
+"""Pairs: how well pictures and their texts find each other in validation, after every exit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mue.backbones import Backbone
+from lightning_mue.exits import Exits
+from lightning_mue.metrics.retrieval import Retrieval
+from lightning_mue.training.contrast import text_embeddings, text_ids
+from lightning_mue.training.supervised import Supervised
+
+FULL_DEPTH = "full_depth"
+
+
+class Pairs(nn.ModuleDict):
+    """A `Retrieval` for each exit of either stream, the other at full depth, and for both at full depth.
+
+    Args:
+        backbone: whose pictures and texts are compared.
+        exits: its exits.
+    """
+
+    def __init__(self, backbone: Backbone, exits: Exits) -> None:
+        assert backbone.contrastive is not None
+        streams = (backbone.contrastive.image.name, backbone.contrastive.text.name)
+        names = [FULL_DEPTH, *(f"{name}_{k}" for name in streams for k in exits.layers.get(name, ()))]
+        super().__init__({name: Retrieval() for name in names})
+
+    def see(
+        self, backbone: Backbone, exits: Exits, found: Mapping[str, Supervised], labels_BT: Tensor, start_id: int
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            backbone: as above.
+            exits: as above.
+            found: ``vision_2/`` and the like -> a pass whose pictures left there; "" where they went full depth.
+            labels_BT: the texts, -100 at padding.
+            start_id: the token before them.
+        """
+        contrastive = backbone.contrastive
+        assert contrastive is not None
+        text_BT = text_ids(labels_BT, start_id, contrastive.pad_id)
+        number_B = torch.tensor([hash(tuple(row)) for row in labels_BT.tolist()], device=labels_BT.device)
+        *early, (_, last_BE) = text_embeddings(contrastive, exits, text_BT).items()
+        for name, passed in found.items():
+            if (at := name.rstrip("/") or FULL_DEPTH) in self:
+                image_BE = contrastive.image_embedding(passed.left[contrastive.image.name])
+                self._of(at).update(image_BE, last_BE, number_B)
+                for k, text_BE in early if at == FULL_DEPTH else ():
+                    self._of(f"{contrastive.text.name}_{k}").update(image_BE, text_BE, number_B)
+
+    def results(self) -> dict[str, Tensor]:
+        """Return name -> recall of all that was seen, ``image_to_text_R@1`` at full depth, and forget it."""
+        found: dict[str, Tensor] = {}
+        for name in self:
+            at = "" if name == FULL_DEPTH else f"{name}/"
+            found |= {f"{at}{what}": value for what, value in self._of(name).compute().items()}
+            self._of(name).reset()
+        return found
+
+    def _of(self, name: str) -> Any:
+        return self[name]

@@ -1,0 +1,130 @@
+"""The contrastive loss: open_clip's own, equal texts left out, every exit of the texts, several processes."""
+
+import math
+
+import open_clip
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from lightning_mue.backbones import view
+from lightning_mue.exits import attached
+from lightning_mue.training.contrast import contrast, equal_rows, info_nce, text_embeddings, text_ids
+from lightning_mue.training.depths import Step
+from lightning_mue.training.losses import exit_weights
+from lightning_mue.training.objective import objective
+from lightning_mue.training.supervised import encode, supervise
+from lightning_mue.training.supervision import Supervision
+from tests import ranks, zoo
+from tests.training.test_supervised import batch_of
+
+
+def unit(*shape, seed=0):
+    return normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_without_equal_texts_it_is_open_clips():
+    image, text, scale = unit(6, 8), unit(6, 8, seed=1), torch.tensor(14.0)
+    expected = open_clip.ClipLoss()(image, text, scale)
+    torch.testing.assert_close(info_nce(scale * image @ text.T, torch.eye(6, dtype=torch.bool)), expected)
+
+
+def test_equal_texts_are_no_negatives():
+    """By hand: pictures 0 and 2 show the same text, and neither is asked to tell it from the other's."""
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(2))
+    found = info_nce(logits, equal_rows(torch.tensor([[5, 6], [5, 7], [5, 6]])))
+    e = logits.exp()
+    ways = [
+        -math.log(e[0, 0] / (e[0, 0] + e[0, 1])),
+        -math.log(e[1, 1] / e[1].sum()),
+        -math.log(e[2, 2] / (e[2, 1] + e[2, 2])),
+        -math.log(e[0, 0] / (e[0, 0] + e[1, 0])),
+        -math.log(e[1, 1] / e[:, 1].sum()),
+        -math.log(e[2, 2] / (e[1, 2] + e[2, 2])),
+    ]
+    assert found.item() == pytest.approx(sum(ways) / 6, rel=1e-5)
+
+
+def test_at_full_depth_it_is_open_clips_coca_loss():
+    """Captioning and contrast of the same batch, with CoCa's weights."""
+    model = zoo.make("coca")
+    tensors, labels = batch_of("coca")
+    ids = text_ids(labels, zoo.START, zoo.PAD)
+    out = model.coca(tensors["pixel_values"], ids)
+    expected = open_clip.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=zoo.PAD)(**out)
+    backbone, exits = view(model), attached(model)
+    found = supervise(backbone, exits, tensors, labels, {})
+    losses = contrast(backbone.contrastive, exits, found.left["vision"], labels, zoo.START)
+    torch.testing.assert_close(losses[2], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(2 * found.last.loss, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_texts_are_compared_at_every_exit():
+    model = zoo.make("coca")
+    tensors, labels = batch_of("coca")
+    backbone, exits = view(model), attached(model)
+    plain, with_contrast = (
+        objective(backbone, exits, tensors, labels, Step({"vision": 2}), Supervision(gate_weight=0.0, contrast=weight))
+        for weight in (0.0, 0.5)
+    )
+    _, _, left = encode(backbone, exits, tensors, {"vision": 2})
+    image = backbone.contrastive.image_embedding(left["vision"])
+    expected = {}
+    for k, text in text_embeddings(backbone.contrastive, exits, text_ids(labels, zoo.START, zoo.PAD)).items():
+        expected[k] = open_clip.ClipLoss()(image, text, model.coca.logit_scale.exp())
+    assert list(with_contrast.contrast) == [1, 2]
+    for k, loss in expected.items():
+        torch.testing.assert_close(with_contrast.contrast[k], loss)
+    weighted = sum(w * loss for w, loss in zip(exit_weights("avg+last", (1, 2)), expected.values(), strict=True))
+    torch.testing.assert_close(with_contrast.total, plain.total + 0.5 * weighted)
+    assert plain.contrast == {}
+
+
+def test_both_towers_and_the_temperature_learn_of_it():
+    model = zoo.make("coca")
+    tensors, labels = batch_of("coca")
+    how = Supervision(gate_weight=0.0, contrast=0.5)
+    objective(view(model), attached(model), tensors, labels, Step({"vision": 1}), how).total.backward()
+    coca, exits = model.coca, attached(model)
+    for parameter in (
+        coca.logit_scale,
+        coca.text.cls_emb,
+        coca.text.text_projection,
+        coca.visual.proj,
+        *exits.adapters["text_1"].parameters(),
+        *exits.adapters["vision_1"].parameters(),
+    ):
+        assert parameter.grad.abs().sum() > 0
+
+
+def _parts():
+    image, text = unit(6, 8), unit(6, 8, seed=1)
+    ids = torch.tensor([[5, 6, 0], [5, 7, 0], [5, 6, 0], [5, 8, 9], [5, 7, 0], [5, 9, 9]])
+    return image, text, ids
+
+
+def test_several_processes_compare_with_all_of_them(tmp_path):
+    """Their losses are that of one process with the whole batch, and so are the gradients that they share."""
+    image, text, ids = _parts()
+    image.requires_grad_()
+    expected = info_nce(image @ text.T, equal_rows(ids))
+    expected.backward()
+
+    def rank():
+        from lightning_mue.training.contrast import gathered, gathered_texts
+
+        with ranks.group():
+            whole, words, numbers = _parts()
+            mine = slice(3 * ranks.my_rank(), 3 * ranks.my_rank() + 3)
+            here = whole[mine].requires_grad_()
+            own = numbers[mine] if ranks.my_rank() else numbers[mine, :2]  # texts of other lengths elsewhere
+            loss = info_nce(gathered(here) @ gathered(words[mine]).T, equal_rows(gathered_texts(own, 0)))
+            loss.backward()
+            torch.save((loss.detach(), here.grad), tmp_path / f"{ranks.my_rank()}.pt")
+
+    codes, logs = ranks.run(tmp_path, 2, rank)
+    assert codes == [0, 0], logs
+    for k in range(2):
+        loss, grad = torch.load(tmp_path / f"{k}.pt")
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(grad / 2, image.grad[3 * k : 3 * k + 3])  # DDP takes the mean over processes
