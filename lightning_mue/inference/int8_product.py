@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_mue.inference.session_options import session_options
+
 if TYPE_CHECKING:
     import onnxruntime as ort
 
@@ -29,8 +31,7 @@ class Int8Product:
     ) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options = session_options(threads)
         self._value = ort.OrtValue.ortvalue_from_numpy
         self._weights = {"weight": np.ascontiguousarray(weight_VD.T), "scale": scale_V, "norms": norms_2V}
         given = [self._value(array) for array in self._weights.values()]

@@ -10,6 +10,7 @@ import numpy as np
 
 from lightning_mue.inference.buffers import Buffers
 from lightning_mue.inference.screened_head import ScreenedHead
+from lightning_mue.inference.session_options import session_options
 from lightning_mue.inference.small_head import MOST_WEIGHTS, SmallHead
 
 Array = np.ndarray
@@ -29,9 +30,7 @@ class Session:
     def __init__(self, graph: bytes, threads: int, weights: Mapping[str, Array] | None = None) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
+        options = session_options(threads)
         self._weights = dict(weights or {})
         if self._weights:
             given = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()]

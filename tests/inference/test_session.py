@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_mue.inference.session import DecoderSessions, Session
+from lightning_mue.inference.session_options import session_options
 
 pytest.importorskip("onnxruntime")
 
@@ -38,3 +39,10 @@ def test_a_closed_head_scores_its_tokens_and_bars_all_others(bias):
     expected = h @ weight.T + (0 if bias is None else bias)
     np.testing.assert_allclose(found(h)[:, tokens], expected[:, tokens], rtol=1e-5, atol=1e-5)
     assert np.isneginf(np.delete(found(h), tokens, axis=1)).all()
+
+
+def test_sessions_do_not_spin():
+    """Threads of one session that waited busily would take the processor from the next one."""
+    options = session_options(3)
+    assert options.intra_op_num_threads == 3
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
