@@ -158,7 +158,9 @@ def _embed(args: Sequence[str]) -> None:
 
         from lightning_mue.files import write_bytes
 
-        parts = {name: part.vectors.cpu().numpy() for name, part in (("image", image), ("text", text)) if part}
+        parts: dict[str, Any] = {
+            name: part.vectors.cpu().numpy() for name, part in (("image", image), ("text", text)) if part
+        }
         buffer = io.BytesIO()
         np.savez(buffer, **parts)
         write_bytes(Path(found.out), buffer.getvalue())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_mue.backbones import view
 from lightning_mue.benchmark.tuning import static
-from lightning_mue.exits import attached
+from lightning_mue.exits import attached, exits_on_the_way
 from lightning_mue.policy import ExitPolicy, ExitRule
 
 FULL, FIRST, CALIBRATED = "engine, full depth", "all at first exit", "calibrated exits"
@@ -15,7 +16,7 @@ VERIFIED = "verified: its decoder exits draft"
 def first_exits(model: nn.Module) -> ExitPolicy:
     """Return the control: every stream left at its first exit."""
     exits = attached(model)
-    layers = exits.layers if exits is not None else {}
+    layers = exits_on_the_way(view(model), exits) if exits is not None else {}
     return ExitPolicy({stream: ExitRule.static(ks[0]) for stream, ks in layers.items()})
 
 

@@ -13,7 +13,7 @@ from lightning_mue.answers import Answers
 from lightning_mue.backbones import num_layers, view
 from lightning_mue.benchmark.exam import count
 from lightning_mue.callbacks.batches import Batch, on_device, rows_of
-from lightning_mue.exits import attached
+from lightning_mue.exits import attached, exits_on_the_way
 from lightning_mue.methods import STATIC, boldest, families
 from lightning_mue.policy import ExitPolicy
 
@@ -60,7 +60,7 @@ def tune(
     steps = backbone.decode_settings(None).max_new_tokens
     tuned, least = Tuned(), promise.least(decode(ExitPolicy.full_depth(), batches).quality)
     kept = f"{promise.keep:.1%}" if promise.keep is not None else f"all but {promise.drop:g}"
-    methods = families(exits.layers, num_layers(backbone), steps, exits.config.gate)
+    methods = families(exits_on_the_way(backbone, exits), num_layers(backbone), steps, exits.config.gate)
     for method, family in bars.track(methods.items(), description="tuning the methods"):
         found = boldest(family, lambda p: decode(p, batches).quality, least)
         if method != STATIC:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_mue.backbones import EXITS, view
 from lightning_mue.callbacks.batches import missing_inputs
 from lightning_mue.callbacks.held_model import held_model
-from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached
+from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached, exits_on_the_way
 from lightning_mue.exits.exits_file import check_same, pack_exits, unpack_exits
 from lightning_mue.training.depths import sample_step
 from lightning_mue.training.losses import Weighting
@@ -180,7 +180,9 @@ class MultiExitSupervision(L.Callback):
         inputs = {name: given[name] for name in backbone.generate_inputs if given.get(name) is not None}
         if self._first_labels is not None:
             self._first_labels.see(given["labels"])
-        step = sample_step(self.supervision, exits.layers, trainer.global_step, self._progress(trainer))
+        step = sample_step(
+            self.supervision, exits_on_the_way(backbone, exits), trainer.global_step, self._progress(trainer)
+        )
         losses = objective(backbone, exits, inputs, given["labels"], step, self.supervision)
         pl_module.log("train/gates", losses.gates)
         if losses.by_exit:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones import EXITS, DecoderStream, exit_streams, view
+from lightning_mue.backbones import EXITS, Backbone, DecoderStream, exit_streams, num_layers, view
 from lightning_mue.exits.adapter import Adapter
 from lightning_mue.exits.config import ExitConfig
 from lightning_mue.exits.gate import ExitGate, pool, top_two
@@ -132,6 +132,12 @@ def attach_exits(model: nn.Module, config: ExitConfig | Mapping[str, Any]) -> Ex
     exits.train(model.training)
     model.add_module(EXITS, exits)
     return exits
+
+
+def exits_on_the_way(backbone: Backbone, exits: Exits) -> dict[str, tuple[int, ...]]:
+    """Return stream name -> exit layers of the streams that an answer passes: not of one that only compares."""
+    passed = num_layers(backbone)
+    return {name: layers for name, layers in exits.layers.items() if name in passed}
 
 
 def detach_exits(model: nn.Module) -> Exits:

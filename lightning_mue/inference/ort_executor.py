@@ -10,7 +10,7 @@ tokens, ``H`` heads of ``d``, ``D`` width, ``V`` vocabulary. No torch here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from lightning_mue.inference.array_signals import (
     log_softmax,
     similarity,
 )
+from lightning_mue.inference.outside import Outside
 from lightning_mue.inference.ragged import attend, to_bfloat16
 from lightning_mue.inference.schedule import Block, Place
 from lightning_mue.inference.scored import Scored
@@ -34,19 +35,6 @@ Processor = Callable[[Array, Array, Sequence[int]], Array]
 
 _TOKENS = 512
 """Of the memory, projected at once: what lies between then stays in the cache."""
-
-
-class Outside(Protocol):
-    """What of a decoder lies outside its layers and its head."""
-
-    def embed(self, ids_Rm: Array, first: int) -> Array:
-        """Return the states ``[R, m, D]`` that enter layer 1 for tokens at positions ``first, first + 1, ...``."""
-
-    def branch(self, layer: int, h_RD: Array) -> Array:
-        """Return what the head reads of an exit's states: adapter and final norm applied."""
-
-    def gate(self, layer: int, h_RD: Array) -> Array:
-        """Return an exit's gate scores ``[R]``."""
 
 
 class OrtExecutor:

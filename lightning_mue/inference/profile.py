@@ -116,7 +116,7 @@ def _stream_pieces(streams: Sequence[EncoderStream], exits: Exits | None, inputs
         state = stream.prologue(inputs, done)
         name, first = stream.name, state.h_BTD
         pieces[f"{name}.prologue"] = partial(stream.prologue, inputs, dict(done))
-        pieces[f"{name}.layers"] = _each(stream.num_layers, partial(_run, stream, replace(state)))
+        pieces[f"{name}.layers"] = _each(range(1, stream.num_layers + 1), partial(_run, stream, replace(state)))
         pieces[f"{name}.epilogue"] = partial(stream.epilogue, replace(state))
         for signal in _signals(exits, name, STREAM_SIGNALS):
             k = exits.layers[name][0] if exits is not None else 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import StreamState, num_layers
-from lightning_mue.exits import Exits, attached
+from lightning_mue.exits import Exits, attached, exits_on_the_way
 from lightning_mue.inference.encode import OnExit, stream_scores
 from lightning_mue.inference.engine import ExitEngine
 from lightning_mue.inference.rows import PrefixFn
@@ -73,7 +73,7 @@ def record(
     taken_BT = (full.exit_depths["decoder"] > 0).numpy()
     alone = partial(_alone, model, inputs, full.sequences, score_of, max_new_tokens, prefix_fn)
     streams = {}
-    for name, exit_layers in exits.layers.items():
+    for name, exit_layers in exits_on_the_way(engine.backbone, exits).items():
         if name == "decoder":
             scores, agree = _decoder_scores(executor, exit_layers, signals, tokens_BT, prompt_B, taken_BT)
             untried: dict[str, np.ndarray] = {}

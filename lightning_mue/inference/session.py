@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -97,6 +98,7 @@ class DecoderSessions:
         make_head: makes what gives all logits, which only some signals need.
         product: the graph of the screened head's product; made if not given.
         buffers: of the states and K/V of decodes.
+        gates: exit layer -> module and graph of its gate, once it has been asked.
     """
 
     layers: Sequence[LayerSessions]
@@ -109,6 +111,7 @@ class DecoderSessions:
     make_head: Callable[[], Head]
     product: bytes | None = None
     buffers: Buffers = field(default_factory=Buffers)
+    gates: dict[int, tuple[Any, Session]] = field(default_factory=dict)
 
     @cached_property
     def head(self) -> Head:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,6 +17,7 @@ from lightning_mue.backbones.stream import TokenProcessor
 from lightning_mue.exits import Exits
 from lightning_mue.inference.graphs import Graphs
 from lightning_mue.inference.ort_executor import OrtExecutor, Processor
+from lightning_mue.inference.outside import Outside
 from lightning_mue.inference.session import DecoderSessions, Head, LayerSessions, Session
 from lightning_mue.inference.stopwatch import Stopwatch
 
@@ -60,15 +61,17 @@ def decoder_pieces(decoder: DecoderStream) -> dict[str, tuple[nn.Module, *tuple[
     return found | {f"{k}/{name}": (part[name], *examples[name]) for k, part in layers.items() for name in part}
 
 
-class TorchOutside:
-    """What of a decoder lies outside its layers and its head, in torch (an ``Outside``).
+class TorchOutside(Outside):
+    """What of a decoder lies outside its layers and its head, in torch; gates as graphs, for they are asked often.
 
     Args:
+        sessions: the decoder's; they keep the gates.
         decoder: the backbone's.
         exits: the backbone's, or None.
     """
 
-    def __init__(self, decoder: DecoderStream, exits: Exits | None) -> None:
+    def __init__(self, sessions: DecoderSessions, decoder: DecoderStream, exits: Exits | None) -> None:
+        super().__init__(sessions, None if exits is None or exits.shortlist is None else exits.shortlist.tolist())
         self._decoder, self._exits = decoder, exits
 
     def embed(self, ids_Rm: np.ndarray, first: int) -> np.ndarray:
@@ -80,16 +83,16 @@ class TorchOutside:
         h = torch.from_numpy(h_RD)
         return self._decoder.norm(h if self._exits is None else self._exits.adapt("decoder", layer, h)).numpy()
 
-    def gate(self, layer: int, h_RD: np.ndarray) -> np.ndarray:
-        """Return an exit's gate scores."""
+    def gate_session(self, layer: int) -> Session:
+        """Return an exit's gate."""
         assert self._exits is not None
-        h = torch.from_numpy(h_RD)
-        return self._exits.gate_logit("decoder", layer, h, rows=self._shortlist_head).float().sigmoid().numpy()
-
-    @cached_property
-    def _shortlist_head(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        assert self._exits is not None
-        return self._exits.shortlist_head(self._decoder)
+        gate, kept = self._exits.gates[f"decoder_{layer}"], self._sessions.gates
+        if layer not in kept or kept[layer][0] is not gate:
+            beside = () if self._exits.shortlist is None else (torch.zeros(2, 2),)
+            with torch.inference_mode(False):
+                graph = Graphs().make(gate, torch.zeros(2, self._decoder.width), *beside)
+            kept[layer] = gate, Session(graph, self._sessions.threads)
+        return kept[layer][1]
 
 
 def make_executor(
@@ -107,7 +110,7 @@ def make_executor(
     """Return the executor of a batch whose tensors lie in float32 on the CPU; called as `TorchExecutor` is."""
     bias_BS = None if memory_mask is None else np.ascontiguousarray(memory_mask[:, 0, 0].numpy())
     how = (bias_BS, positions, [_of_arrays(processor) for processor in processors], stopwatch, beams, closed)
-    outside = TorchOutside(backbone.decoder, exits)
+    outside = TorchOutside(sessions, backbone.decoder, exits)
     return OrtExecutor(sessions, outside, np.ascontiguousarray(memory_BSD.numpy()), *how)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 
-from lightning_mue.inference.array_signals import log_odds_of_two, sigmoid
+from lightning_mue.inference.outside import Outside
 from lightning_mue.inference.session import DecoderSessions, Head, LayerSessions, Session
 from lightning_mue.portable.files import GraphFiles
 
@@ -32,8 +32,8 @@ def decoder_sessions(files: GraphFiles) -> DecoderSessions:
     return DecoderSessions(layers, *how, weight_VD, bias_V, head, files.graph("decoder/product"))
 
 
-class GraphsOutside:
-    """What of a decoder lies outside its layers and its head, as graphs (an ``Outside``).
+class GraphsOutside(Outside):
+    """What of a decoder lies outside its layers and its head, as graphs.
 
     Args:
         files: of the bundle.
@@ -41,7 +41,8 @@ class GraphsOutside:
     """
 
     def __init__(self, files: GraphFiles, sessions: DecoderSessions) -> None:
-        self._files, self._sessions = files, sessions
+        super().__init__(sessions, files.facts["decoder"]["shortlist"])
+        self._files = files
 
     def embed(self, ids_Rm: Array, first: int) -> Array:
         """Return the states that enter layer 1."""
@@ -52,19 +53,6 @@ class GraphsOutside:
         name = f"decoder/{layer}/branch"
         return self._files.session(name)(h_RD)[0] if name in self._files else h_RD
 
-    def gate(self, layer: int, h_RD: Array) -> Array:
-        """Return an exit's gate scores."""
-        gate = self._files.session(f"decoder/{layer}/gate")
-        if self._shortlist_head is None:
-            return sigmoid(gate(h_RD)[0])
-        return sigmoid(gate(h_RD, log_odds_of_two(self._shortlist_head(self.branch(layer, h_RD))))[0])
-
-    @cached_property
-    def _shortlist_head(self) -> Head | None:
-        """Return what maps normed states to the logits of the tokens over which gates see how sure an exit is."""
-        if (shortlist := self._files.facts["decoder"]["shortlist"]) is None:
-            return None
-        weight_DS = np.ascontiguousarray(self._sessions.weight_VD[shortlist].T)
-        bias = self._sessions.bias_V
-        bias_S = np.zeros(len(shortlist), np.float32) if bias is None else bias[shortlist]
-        return lambda h_RD: h_RD @ weight_DS + bias_S
+    def gate_session(self, layer: int) -> Session:
+        """Return an exit's gate."""
+        return self._files.session(f"decoder/{layer}/gate")

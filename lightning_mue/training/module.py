@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryAUROC
 
-from lightning_mue.backbones import backbone_config, build_backbone, num_layers, view
-from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached
+from lightning_mue.backbones import backbone_config, build_backbone, view
+from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached, exits_on_the_way
 from lightning_mue.inference import ExitEngine, ExitOutput
 from lightning_mue.inference.rows import groups_of
 from lightning_mue.metrics.answers import AnswerScore
@@ -130,7 +130,7 @@ class MultiExitModule(L.LightningModule):
         if self._first_labels is not None:
             self._first_labels.see(batch["labels"])
         progress = self.trainer.global_step / max(1, self._total_steps)
-        layers = {name: ks for name, ks in self.exits.layers.items() if name in num_layers(self.backbone)}
+        layers = exits_on_the_way(self.backbone, self.exits)
         step = sample_step(self.supervision, layers, self.trainer.global_step, progress)
         losses: Objective = objective(self.backbone, self.exits, batch, batch["labels"], step, self.supervision)
         self.log("train/loss", losses.total)
