@@ -19,7 +19,7 @@ from lightning_mue.exits import attached
 def encoder_kind(model: nn.Module) -> str:
     """Return how the model's exits want image and text to meet; without exits, jointly."""
     exits = attached(model)
-    return "joint" if exits is None else exits.config.encoder_kind
+    return "joint" if exits is None or hasattr(model, "coca") else exits.config.encoder_kind
 
 
 def inputs(model: Any, tensors: Mapping[str, Tensor], depths: Mapping[str, int] | None = None) -> dict[str, Any]:

@@ -178,4 +178,6 @@ def exit_config(name: str) -> ExitConfig:
 
 
 def exit_layers(name: str) -> dict[str, tuple[int, ...]]:
-    return exit_config(name).layers()
+    """Return stream -> exits, of the streams that an answer passes: CoCa's texts are embedded alone."""
+    layers = exit_config(name).layers()
+    return {stream: ks for stream, ks in layers.items() if (name, stream) != ("coca", "text")}

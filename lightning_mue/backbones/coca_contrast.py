@@ -68,6 +68,7 @@ class CoCaContrast:
         """Return unit vectors ``[B, E]`` of pictures that left with these states: pooler, norm, projection."""
         visual = self._coca.visual
         pooled = visual._pool(state.h_BTD)[0]
+        pooled = pooled[:, 0] if pooled.ndim == 3 else pooled  # a contrastive pooler's single query
         return normalize(pooled if visual.proj is None else pooled @ visual.proj, dim=-1)
 
     def text_embedding(self, state: StreamState) -> Tensor:

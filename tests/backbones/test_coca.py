@@ -103,7 +103,10 @@ def test_a_coca_of_open_clip_is_viewed_as_it_is():
     [
         {},
         {"quick_gelu": True},
-        {"vision_cfg": {**CONFIG["vision_cfg"], "attentional_pool": "cascade", "ls_init_value": 0.1}},
+        {  # open_clip's own needs towers of one width here
+            "vision_cfg": {**CONFIG["vision_cfg"], "width": 32, "head_width": 8, "attentional_pool": "cascade"},
+        },
+        {"vision_cfg": {**CONFIG["vision_cfg"], "ls_init_value": 0.1}},
         {"vision_cfg": {**CONFIG["vision_cfg"], "no_ln_pre": True, "mlp_ratio": 2.0, "image_size": [64, 32]}},
         {"text_cfg": {**CONFIG["text_cfg"], "proj_bias": True, "ls_init_value": 0.1}},
     ],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_mue.backbones import num_layers, view
+from lightning_mue.backbones import exit_streams, num_layers, view
 from lightning_mue.backbones.stream import causal_mask
 from tests import reference, zoo
 
@@ -34,7 +34,7 @@ def test_layers_one_after_another_are_the_forward(name, attention):
 
 @pytest.mark.parametrize("name", list(zoo.BACKBONES))
 def test_the_streams_are_those_that_the_exits_name(name):
-    layers = num_layers(view(zoo.make(name)))
+    layers = exit_streams(view(zoo.make(name)))
     assert set(zoo.exit_layers(name)) <= set(layers)
     assert all(exits[-1] < layers[stream] for stream, exits in zoo.exit_layers(name).items())
     plain = view(zoo.make(name, exits=False))

@@ -11,7 +11,7 @@ from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.policy import ExitPolicy, ExitRule
 from tests import reference, zoo
 
-APART = [name for name in zoo.BACKBONES if zoo.exit_config(name).encoder_kind != "joint"]
+APART = [name for name in zoo.BACKBONES if {"image", "text"} & set(zoo.exit_layers(name))]
 IMAGE = 4
 
 
