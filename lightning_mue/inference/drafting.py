@@ -135,4 +135,4 @@ def _ms(piece: Callable[[int], None], m: int) -> float:
 
 
 def _line(first: float, longest: float, positions: int) -> tuple[float, float]:
-    return first, max(0.0, longest - first) / max(1, positions - 1)
+    return first, max(0.0, longest - first) / (positions - 1) if positions > 1 else 0.0

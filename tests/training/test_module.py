@@ -129,7 +129,7 @@ def test_similarity_is_ranked_across_batches(tmp_path):
         last = ExitResult(torch.zeros(()), torch.ones(3), None)
         results = {k: replace(last, tokens_N=torch.tensor(same)) for k in (1, 2, 3, 4)} | {5: last}
         states = [before, now[None], before, now[None], before]
-        module._see_signals(Supervised(results, states, {}, torch.ones(1, 3, dtype=torch.bool)))
+        module._see_signals(Supervised(results, states, {}, torch.ones(1, 3, dtype=torch.bool), {}))
     expected = right_order([0.9, 0.2, 0.6], [0.1, -0.5, 0.15])
     assert module._auroc["similarity_2"].compute().item() == pytest.approx(expected)
 
