@@ -76,7 +76,13 @@ class CoCaDecoderStream:
         self.vocab_size = self._decoder.text_projection.shape[1]
 
     def embed(self, ids_BT: Tensor, first: int) -> Tensor:
-        """Token and position embeddings."""
+        """Token and position embeddings.
+
+        Raises:
+            ValueError: more positions than there are.
+        """
+        if first + ids_BT.shape[1] > self.max_positions:
+            raise ValueError(f"CoCa's decoder has {self.max_positions} positions, got {first + ids_BT.shape[1]}")
         return self.embed_at(ids_BT, torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device))
 
     def embed_at(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:

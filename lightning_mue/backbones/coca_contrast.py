@@ -82,8 +82,8 @@ class CoCaContrast:
         return normalize(pooled_BD @ text.text_projection, dim=-1)
 
     def logits(self, image_BE: Tensor, text_CE: Tensor) -> Tensor:
-        """Return how alike pictures and texts are, ``[B, C]``, at the model's temperature."""
-        logits_BC = self._coca.logit_scale.exp() * image_BE @ text_CE.T
+        """Return how alike pictures and texts are, ``[B, C]``, at the model's temperature, at most 100 (CLIP)."""
+        logits_BC = self._coca.logit_scale.exp().clamp(max=100) * image_BE @ text_CE.T
         return logits_BC if self._coca.logit_bias is None else logits_BC + self._coca.logit_bias
 
     @property

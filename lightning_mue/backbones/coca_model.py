@@ -26,6 +26,9 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from lightning_mue.prompt import IGNORE
 
+_EPS = 1e-5
+"""Of open_clip's norms, if nothing else is asked for."""
+
 
 class CoCaConfig(PreTrainedConfig):
     """What ``open_clip.coca_model.CoCa`` is built from, under open_clip's own names.
@@ -192,6 +195,9 @@ def config_of(coca: CoCa) -> CoCaConfig:
         ValueError: it would build another.
     """
     check_towers(coca)
+    for block in (module for module in coca.modules() if type(module).__name__ == "ResidualAttentionBlock"):
+        if block.ln_1.eps != _EPS or getattr(block.mlp.gelu, "approximate", "none") != "none":
+            raise ValueError("A CoCa with `norm_kwargs` or `act_kwargs` has no config here; leave them out")
     visual, text, multimodal = coca.visual, coca.text, coca.text_decoder
     pool = visual.attn_pool
     vision_cfg = _stack(visual.transformer) | {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 
 from lightning_mue.backbones.view import EXITS
 
+_COCA = "open_clip_coca"
 OPEN_CLIP = "open_clip:"
 """Prefix of what open_clip knows by name."""
 
@@ -20,28 +22,31 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
     """Return the model that ``source`` describes.
 
     Args:
-        source: a module (returned as it is); a folder or hub name (``from_pretrained``); ``open_clip:`` and one of
-            open_clip's own CoCas, such as ``open_clip:coca_ViT-B-32`` (random weights) or
-            ``open_clip:coca_ViT-B-32:laion2b_s13b_b90k``; or a config as a mapping with ``model_type`` (random
-            weights). A ``generation_config`` entry of the mapping becomes the model's;
-            ``position_std`` is the standard deviation of learned position embeddings. (The configs' own is that of all
-            weights, some 0.02; beside normed image features of 1 the model then hardly knows where things are.)
+        source: a module (returned as it is; open_clip's CoCa inside the shell that gives it a config); a folder or hub
+            name (``from_pretrained``); ``open_clip:`` and one of open_clip's own CoCas, such as
+            ``open_clip:coca_ViT-B-32`` (random weights) or ``open_clip:coca_ViT-B-32:laion2b_s13b_b90k``; or a config
+            as a mapping with ``model_type`` (random weights). A ``generation_config`` entry of the mapping becomes the
+            model's; ``position_std`` is the standard deviation of learned position embeddings. (The configs' own is
+            that of all weights, some 0.02; beside normed image features of 1 the model then hardly knows where things
+            are.)
 
     Raises:
         ValueError: a mapping without ``model_type``.
     """
     if isinstance(source, nn.Module):
-        return source
+        return _shell().wrap(source) if type(source).__name__ == "CoCa" else source
     if isinstance(source, str):
         if source.startswith(OPEN_CLIP):
             return _open_clip(source.removeprefix(OPEN_CLIP))
+        if (config := Path(source, "config.json")).is_file() and _COCA in config.read_text(encoding="utf-8"):
+            _shell()
         # What is kept in float16 does not train in it; transformers loads into eval mode, which Lightning would keep.
         return AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).train()
     settings = dict(source)
     if "model_type" not in settings:
         raise ValueError(f"A backbone config needs `model_type` (such as 'florence2'), got the keys {sorted(settings)}")
-    if settings["model_type"] == "open_clip_coca":
-        import lightning_mue.backbones.coca_model  # noqa: F401 - transformers learns of it
+    if settings["model_type"] == _COCA:
+        _shell()
     generation, position_std = settings.pop("generation_config", None), settings.pop("position_std", None)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings))
     if generation:
@@ -57,15 +62,25 @@ def _open_clip(name: str) -> nn.Module:
     """Return one of open_clip's CoCas, by name and tag of its weights."""
     import open_clip
 
-    from lightning_mue.backbones.coca_model import CoCaForConditionalGeneration
-
     name, _, tag = name.partition(":")
     coca = open_clip.create_model(name, pretrained=tag or None, load_weights=bool(tag))
-    return CoCaForConditionalGeneration.wrap(coca).train()
+    return _shell().wrap(coca).train()
+
+
+def _shell() -> Any:
+    """Return the class of CoCas; once it is imported, transformers knows of it."""
+    from lightning_mue.backbones.coca_model import CoCaForConditionalGeneration
+
+    return CoCaForConditionalGeneration
 
 
 def backbone_config(model: Any) -> dict[str, Any]:
     """Return the config, as plain values, from which ``build_backbone`` makes an equal model (weights apart)."""
+    if not hasattr(model, "config"):
+        raise TypeError(
+            f"{type(model).__name__} has no config that would build it again; give open_clip's CoCa to "
+            "`lightning_mue.backbones.build_backbone` first, and attach exits to what it returns."
+        )
     config: PreTrainedConfig = model.config
     return config.to_diff_dict() | {
         "model_type": config.model_type,

@@ -41,12 +41,13 @@ class Processor:
     def labels(self, text: Sequence[str]) -> Tensor:
         """Return the token ids of answers, each ended by the end token and padded with -100: ``[B, T]``.
 
-        A pretrained tokenizer frames them as its model knows them (BART's answers begin with ``<s>``).
+        A pretrained tokenizer frames them as its model knows them (BART's answers begin with ``<s>``); of CLIP's frame
+        the start is left out, for it stands before the answer.
         """
-        end = self.tokenizer.eos_token_id
-        rows = [
-            torch.tensor(row if row[-1:] == [end] else [*row, end]) for row in self.tokenizer(list(text))["input_ids"]
-        ]
+        end, ids = self.tokenizer.eos_token_id, self.tokenizer(list(text))["input_ids"]
+        if isinstance(self.processor, CLIPProcessor):
+            ids = [row[1:] if row[:1] == [self.tokenizer.bos_token_id] else row for row in ids]
+        rows = [torch.tensor(row if row[-1:] == [end] else [*row, end]) for row in ids]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
     def decoder_prompts(self, text: Sequence[str]) -> Tensor:

@@ -260,6 +260,28 @@ def num_layers(backbone: Backbone) -> dict[str, int]:
     return {s.name: s.num_layers for s in backbone.encoders} | {"decoder": backbone.decoder.num_layers}
 
 
+def text_ids(labels_BT: Tensor, start_id: int, contrastive: Contrastive) -> Tensor:
+    """Return whole texts as the text stream reads them: all of one length, ``[B, longest]``.
+
+    What stands after a text has its place by that length, so an embedding would change with the padding.
+
+    Args:
+        labels_BT: tokens, ended by the end token, -100 at padding.
+        start_id: the token before them.
+        contrastive: whose texts they are.
+
+    Raises:
+        ValueError: a text is too long.
+    """
+    longest, (rows, length) = contrastive.longest, labels_BT.shape
+    if 1 + length > longest:
+        raise ValueError(f"Texts have at most {longest} tokens, start and end included, got {1 + length}")
+    text_BT = labels_BT.new_full((rows, longest), contrastive.pad_id)
+    text_BT[:, 0] = start_id
+    text_BT[:, 1 : 1 + length] = labels_BT.masked_fill(labels_BT < 0, contrastive.pad_id)
+    return text_BT
+
+
 def exit_streams(backbone: Backbone) -> dict[str, int]:
     """Return stream name -> layers of all streams that may have exits, one that only compares among them."""
     beside = {} if backbone.contrastive is None else {"text": backbone.contrastive.text.num_layers}

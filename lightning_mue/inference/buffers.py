@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from typing import Any
 
@@ -20,14 +21,16 @@ class Buffers:
 
     def __init__(self) -> None:
         self._free: list[Array] = []
+        self._lock = threading.Lock()  # what gives back only appends, and needs none
 
     def lend(self, owner: Any, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return an array that holds anything; no view of it may outlive ``owner``."""
         size, free = math.prod(shape) * np.dtype(dtype).itemsize, self._free
-        fitting = [block for block in free if block.nbytes >= size]
-        block = min(fitting or free, key=lambda block: block.nbytes, default=None)
-        if block is not None:
-            free[:] = [other for other in free if other is not block]
+        with self._lock:
+            sizes = [block.nbytes for block in free]
+            fitting = [i for i, n in enumerate(sizes) if n >= size]
+            chosen = min(fitting or range(len(sizes)), key=sizes.__getitem__, default=None)
+            block = None if chosen is None else free.pop(chosen)
         if block is None or block.nbytes < size:
             block = np.empty(size, np.uint8)
         weakref.finalize(owner, free.append, block).atexit = False

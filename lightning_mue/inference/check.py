@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_mue.backbones import Backbone, exit_streams
+from lightning_mue.backbones import Backbone, exit_streams, num_layers
 from lightning_mue.exits import Exits
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.signals import NEEDS_LOGITS
@@ -33,6 +33,8 @@ def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) ->
                 f"The policy leaves {stream!r} after {list(rule.layers)}, exits are attached at {list(known)}; "
                 "attach exits there and train them."
             )
+        if rule.signal == "gate" and stream not in num_layers(backbone):
+            raise ValueError(f"Gates of {stream!r} are not trained; take another signal.")
         if rule.signal == "gate" and (exits is None or not exits.config.gate):
             raise ValueError(f"The policy's signal for {stream!r} is 'gate', but no gates are attached.")
         if stream != "decoder" and rule.signal in NEEDS_LOGITS:

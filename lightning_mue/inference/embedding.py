@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lightning_mue.backbones import EncoderStream, StreamState, fingerprint, view
 from lightning_mue.backbones.stream import Inputs
+from lightning_mue.backbones.stream import text_ids as text_ids_of
 from lightning_mue.exits import attached
 from lightning_mue.inference.check import check_policy
 from lightning_mue.inference.encode import climb
 from lightning_mue.policy import ExitPolicy
-from lightning_mue.prompt import IGNORE
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class EmbedEngine:
     Args:
         model: a backbone that compares pictures with texts (CoCa), with exits attached if the policy needs them; put
             into eval mode.
-        policy: its rules for the streams of pictures and texts are obeyed, others are not asked.
+        policy: its rules for the streams of pictures and texts are obeyed, others are not asked. Certificates speak of
+            answers, not of embeddings.
         check_fingerprint: refuse a policy made for other weights.
         processor: makes tensors of pictures and texts; only ``embed_images`` and ``embed_texts`` need it.
 
@@ -54,6 +55,10 @@ class EmbedEngine:
         self.backbone, self.exits = view(model), attached(model)
         if self.backbone.contrastive is None:
             raise ValueError(f"{type(model).__name__} compares no pictures with texts; CoCa does.")
+        if policy.groups is not None:
+            raise ValueError(
+                f"The policy leaves early for the groups {list(policy.groups)} alone; embeddings have none."
+            )
         if policy.precision is not None:
             raise ValueError(f"Embeddings are computed as the model is, and the policy asks for {policy.precision!r}.")
         check_policy(policy, self.backbone, self.exits)
@@ -72,14 +77,14 @@ class EmbedEngine:
 
     @torch.inference_mode()
     def texts(self, text_ids: Tensor) -> Embedded:
-        """Embed texts ``[B, T]``: start token, text, end token, padded on the right.
+        """Embed texts ``[B, T]``: start token, text, end token, padded on the right; here to the model's length.
 
         Raises:
             ValueError: texts longer than the model's.
         """
-        if text_ids.shape[1] > self.contrastive.longest:
-            raise ValueError(f"Texts have at most {self.contrastive.longest} tokens, got {text_ids.shape[1]}")
-        state, found = self._climb(self.contrastive.text, {"text_ids": text_ids})
+        given = text_ids_of(text_ids[:, 1:], 0, self.contrastive)
+        given[:, 0] = text_ids[:, 0]
+        state, found = self._climb(self.contrastive.text, {"text_ids": given})
         return Embedded(self.contrastive.text_embedding(state), *found)
 
     def embed_images(self, images: Sequence[Any]) -> Embedded:
@@ -88,11 +93,10 @@ class EmbedEngine:
 
     def embed_texts(self, texts: Sequence[str]) -> Embedded:
         """Embed texts."""
-        labels_BT = self._of_processor().labels(texts)
-        settings = self.backbone.decode_settings(None)
-        start_B1 = torch.full((len(texts), 1), settings.start_id)
-        ids_BT = torch.cat([start_B1, labels_BT.masked_fill(labels_BT == IGNORE, self.contrastive.pad_id)], 1)
-        return self.texts(ids_BT.to(self._device))
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"`texts` must be a list of at least one text, got {texts!r}")
+        labels_BT, settings = self._of_processor().labels(texts), self.backbone.decode_settings(None)
+        return self.texts(text_ids_of(labels_BT, settings.start_id, self.contrastive).to(self._device))
 
     def _climb(self, stream: EncoderStream, inputs: Inputs) -> tuple[StreamState, tuple[Tensor, int]]:
         state = stream.prologue(inputs, {})

@@ -71,7 +71,7 @@ class Graphs:
             return self._kept(self.precision, key, lambda: rounded(plain, levels))
 
     def _template(self, module: nn.Module, examples: Sequence[Tensor], free: tuple[tuple[int, ...], ...]) -> bytes:
-        made_of = [repr(module), inspect.getsource(type(module)), *map(repr, sorted(_numbers(module).items()))]
+        made_of = [repr(module), *_sources(module), *map(repr, sorted(_numbers(module).items()))]
         made_of += [str(tuple(weight.shape)) for weight in module.state_dict().values()]
         for example, axes in zip(examples, free, strict=True):
             made_of.append(str([None if axis in axes else size for axis, size in enumerate(example.shape)]))
@@ -136,6 +136,12 @@ def _numbers(module: nn.Module) -> dict[str, float]:
         for key, value in vars(part).items()
         if isinstance(value, (int, float)) and not key.startswith("_")
     }
+
+
+def _sources(module: nn.Module) -> list[str]:
+    """Return the code of a module and of all that it is made of."""
+    kinds = {f"{type(part).__module__}.{type(part).__qualname__}": type(part) for part in module.modules()}
+    return [inspect.getsource(kind) for _, kind in sorted(kinds.items())]
 
 
 def _cache_folder() -> Path:

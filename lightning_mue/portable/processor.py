@@ -39,7 +39,7 @@ class PortableProcessor:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         ids = self._tokenizer.get_vocab()
-        self._pad, self._end = ids[words["pad_token"]], ids[words["eos_token"]]
+        self._pad, self._end, self._start = (ids[words[name]] for name in ("pad_token", "eos_token", "bos_token"))
         self._frame: tuple[str, str] | None = None
         self.image_token_id: int | None = None
         if self.image_tokens:
@@ -59,6 +59,8 @@ class PortableProcessor:
     def labels(self, text: Sequence[str]) -> Array:
         """Return the token ids of answers, each ended by the end token and padded with -100: ``[B, T]``."""
         rows = self._ids(text, special=True)
+        if self._frame is None:
+            rows = [row[1:] if row[:1] == [self._start] else row for row in rows]
         return _padded([row if row[-1:] == [self._end] else [*row, self._end] for row in rows], IGNORE)
 
     def decoder_prompts(self, text: Sequence[str]) -> Array:

@@ -13,9 +13,8 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn.functional import cross_entropy
 
 from lightning_mue.backbones import StreamState
-from lightning_mue.backbones.stream import Contrastive
+from lightning_mue.backbones.stream import Contrastive, text_ids
 from lightning_mue.exits import Exits
-from lightning_mue.prompt import IGNORE
 
 
 def contrast(
@@ -30,19 +29,13 @@ def contrast(
         labels_BT: tokens of their texts, ended by the end token, -100 at padding.
         start_id: the token before them.
     """
-    text_BT = text_ids(labels_BT, start_id, contrastive.pad_id)
+    text_BT = text_ids(labels_BT, start_id, contrastive)
+    same_BB = equal_rows(gathered_texts(text_BT))
     image_BE = gathered(contrastive.image_embedding(left))
-    same_BB = equal_rows(gathered_texts(text_BT, contrastive.pad_id))
     return {
         k: info_nce(contrastive.logits(image_BE, gathered(text_BE)), same_BB)
         for k, text_BE in text_embeddings(contrastive, exits, text_BT).items()
     }
-
-
-def text_ids(labels_BT: Tensor, start_id: int, pad_id: int) -> Tensor:
-    """Return whole texts as the text stream reads them, ``[B, 1 + T]``."""
-    start_B1 = labels_BT.new_full((len(labels_BT), 1), start_id)
-    return torch.cat([start_B1, labels_BT.masked_fill(labels_BT == IGNORE, pad_id)], 1)
 
 
 def text_embeddings(contrastive: Contrastive, exits: Exits, text_BT: Tensor) -> dict[int, Tensor]:
@@ -80,14 +73,18 @@ def gathered(x_BE: Tensor) -> Tensor:
     return _joined(x_BE, all_gather) if _processes() > 1 else x_BE
 
 
-def gathered_texts(ids_BT: Tensor, pad_id: int) -> Tensor:
-    """Return the texts of all processes, padded to the longest."""
+def gathered_texts(ids_BT: Tensor) -> Tensor:
+    """Return the texts of all processes.
+
+    Raises:
+        ValueError: they have batches of different sizes.
+    """
     if _processes() == 1:
         return ids_BT
-    length = torch.tensor(ids_BT.shape[1], device=ids_BT.device)
-    torch.distributed.all_reduce(length, torch.distributed.ReduceOp.MAX)
-    padding = ids_BT.new_full((len(ids_BT), int(length) - ids_BT.shape[1]), pad_id)
-    return _joined(torch.cat([ids_BT, padding], 1), _all_gather)
+    sizes = torch.cat(_all_gather(torch.tensor([len(ids_BT)], device=ids_BT.device))).tolist()
+    if len({*sizes}) > 1:
+        raise ValueError(f"The contrastive loss needs batches of one size on all ranks, got {sizes}; drop small ones.")
+    return _joined(ids_BT, _all_gather)
 
 
 def _processes() -> int:

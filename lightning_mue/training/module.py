@@ -26,7 +26,7 @@ from lightning_mue.training.depths import sample_step
 from lightning_mue.training.gates import decoder_gate_logits
 from lightning_mue.training.losses import Weighting
 from lightning_mue.training.objective import Objective, objective
-from lightning_mue.training.pairs import Pairs
+from lightning_mue.training.pairs import Pairs, check_contrast
 from lightning_mue.training.shortlist import FirstLabels, begin_shortlist
 from lightning_mue.training.start import Learners, let_learn, take_weights
 from lightning_mue.training.supervised import IGNORE, Supervised, supervise
@@ -106,6 +106,7 @@ class MultiExitModule(L.LightningModule):
         signals = ("gate", "similarity") if config.gate else ("similarity",)
         self._auroc: Any = nn.ModuleDict({f"{s}_{k}": BinaryAUROC() for k in config.decoder for s in signals})
         compares = self.supervision.contrast and self.backbone.contrastive is not None
+        check_contrast(self.supervision, self.backbone, self.exits)
         self._pairs = Pairs(self.backbone, self.exits) if compares else None
         self._first_labels: FirstLabels | None = None
         self._init_from = init_from

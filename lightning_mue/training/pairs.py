@@ -9,12 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone
+from lightning_mue.backbones.stream import text_ids
 from lightning_mue.exits import Exits
 from lightning_mue.metrics.retrieval import Retrieval
-from lightning_mue.training.contrast import text_embeddings, text_ids
+from lightning_mue.training.contrast import text_embeddings
 from lightning_mue.training.supervised import Supervised
+from lightning_mue.training.supervision import Supervision
 
 FULL_DEPTH = "full_depth"
+
+
+def check_contrast(supervision: Supervision, backbone: Backbone, exits: Exits) -> None:
+    """Look whether what is to be compared can be, and whether what can be left learns.
+
+    Raises:
+        ValueError: which setting does not fit.
+    """
+    contrastive = backbone.contrastive
+    if supervision.contrast and contrastive is None:
+        raise ValueError("`contrast` is for backbones that compare pictures with texts (CoCa); set it to 0.")
+    if contrastive is not None and not supervision.contrast and contrastive.text.name in exits.layers:
+        raise ValueError("Exits of `text` learn from the contrastive loss alone; give `contrast` a weight (CoCa: 0.5).")
 
 
 class Pairs(nn.ModuleDict):
@@ -45,8 +60,8 @@ class Pairs(nn.ModuleDict):
         """
         contrastive = backbone.contrastive
         assert contrastive is not None
-        text_BT = text_ids(labels_BT, start_id, contrastive.pad_id)
-        number_B = torch.tensor([hash(tuple(row)) for row in labels_BT.tolist()], device=labels_BT.device)
+        text_BT = text_ids(labels_BT, start_id, contrastive)
+        number_B = torch.tensor([hash(tuple(row)) for row in text_BT.tolist()], device=labels_BT.device)
         *early, (_, last_BE) = text_embeddings(contrastive, exits, text_BT).items()
         for name, passed in found.items():
             if (at := name.rstrip("/") or FULL_DEPTH) in self:

@@ -1,13 +1,18 @@
 """open_clip's CoCa as a transformers model: nothing uninitialised, folders, models of others, and what has no view."""
 
-import open_clip
+import subprocess
+import sys
+
 import pytest
 import torch
 from open_clip.coca_model import CoCa
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText
 
 from lightning_mue.backbones import backbone_config, build_backbone, fingerprint, view
 from lightning_mue.backbones.coca_model import CoCaForConditionalGeneration, config_of
+from lightning_mue.backbones.processor import build_processor
+from lightning_mue.data.tokenizer import train_tokenizer
 from lightning_mue.exits import attach_exits
 from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import ExitPolicy, ExitRule
@@ -147,4 +152,43 @@ def test_open_clips_own_sizes_are_built_by_name():
     rules = {"vision": ExitRule.static(4), "decoder": ExitRule.static(16)}
     out = ExitEngine(model, ExitPolicy(rules)).generate(2, pixel_values=torch.randn(1, 3, 224, 224))
     assert (out.exit_depths["vision"].tolist(), out.exit_depths["decoder"].tolist()) == ([4], [[16, 16]])
-    assert open_clip.__version__ >= "3.3"
+
+
+def test_a_folder_is_read_in_a_process_that_knows_no_coca_yet(tmp_path):
+    zoo.make("coca", exits=False).save_pretrained(tmp_path)
+    code = (
+        f"from lightning_mue.backbones import build_backbone; print(type(build_backbone({str(tmp_path)!r})).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split()[-1] == "CoCaForConditionalGeneration"
+
+
+def test_a_module_of_open_clip_gets_its_shell():
+    coca = theirs()
+    model = build_backbone(coca)
+    assert model.coca is coca
+    with pytest.raises(TypeError, match="CoCa has no config that would build it again"):
+        backbone_config(coca)
+    for tower, more in (
+        ("text_cfg", {"norm_kwargs": {"eps": 0.1}}),
+        ("vision_cfg", {"act_kwargs": {"approximate": "tanh"}}),
+    ):
+        with pytest.raises(ValueError, match="`norm_kwargs` or `act_kwargs` has no config here"):
+            config_of(theirs(**{tower: CONFIG[tower] | more}))
+
+
+def test_more_positions_than_there_are():
+    decoder = view(zoo.shared("coca")).decoder
+    assert decoder.embed(torch.ones(1, 64, dtype=torch.long), 0).shape == (1, 64, 32)
+    with pytest.raises(ValueError, match="has 64 positions, got 65"):
+        decoder.embed(torch.ones(1, 1, dtype=torch.long), 64)
+
+
+def test_the_start_of_clips_frame_is_no_part_of_an_answer():
+    """It stands before the answer; a CLIP tokenizer, as pretrained, writes it too."""
+    processor = build_processor(train_tokenizer(["a red square"], 300), 64, 0)
+    plain, tokenizer = processor.labels(["a red"]), processor.tokenizer.backend_tokenizer
+    ids = [(word, tokenizer.token_to_id(word)) for word in ("<s>", "</s>")]
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    assert processor.tokenizer(["a red"])["input_ids"][0][0] == 1
+    assert processor.labels(["a red"]).tolist() == plain.tolist()

@@ -91,8 +91,8 @@ def test_embeddings_leave_early_and_are_compared(bundle, capsys):
     module, processor = load_checkpoint(bundle / "last.ckpt")
     engine = mue_package.EmbedEngine(module.model, ExitPolicy.full_depth(), processor=processor)
     labels = processor.labels(texts)
-    start = torch.full((2, 1), module.backbone.decode_settings(None).start_id)
-    ids = torch.cat([start, labels.masked_fill(labels < 0, 0)], 1)
+    ids = torch.zeros(2, 64, dtype=torch.long)  # padded as open_clip's tokenizer does
+    ids[:, 0], ids[:, 1 : 1 + labels.shape[1]] = 1, labels.clamp(min=0)
     torch.testing.assert_close(engine.embed_texts(texts).vectors, module.model.coca.encode_text(ids))
 
 

@@ -31,8 +31,9 @@ def model():
 def test_at_full_depth_they_are_open_clips(model):
     engine, pixels, ids = EmbedEngine(model, ExitPolicy.full_depth()), zoo.inputs("coca", ROWS)["pixel_values"], texts()
     torch.testing.assert_close(engine.images(pixels).vectors, model.coca.encode_image(pixels), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(engine.texts(ids).vectors, model.coca.encode_text(ids), rtol=1e-5, atol=1e-6)
-    out = model.coca(pixels, ids)
+    padded = torch.nn.functional.pad(ids, (0, 64 - ids.shape[1]), value=zoo.PAD)  # as open_clip's tokenizer does
+    torch.testing.assert_close(engine.texts(ids).vectors, model.coca.encode_text(padded), rtol=1e-5, atol=1e-6)
+    out = model.coca(pixels, padded)
     expected = out["logit_scale"] * out["image_features"] @ out["text_features"].T
     found = view(model).contrastive.logits(engine.images(pixels).vectors, engine.texts(ids).vectors)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -52,7 +53,7 @@ def test_pictures_leave_as_from_a_shorter_tower(model, k):
 
 @torch.no_grad()
 def test_texts_leave_as_from_a_shorter_tower(model):
-    ids, tower = texts(), model.coca.text
+    ids, tower = torch.nn.functional.pad(texts(), (0, 55), value=zoo.PAD), model.coca.text
     found = EmbedEngine(model, ExitPolicy({"text": ExitRule.static(1)})).texts(ids)
     whole, adapt = tower.transformer.resblocks, attached(model).adapt
     hook = whole[0].register_forward_hook(lambda _l, _a, h_BTD: adapt("text", 1, h_BTD))
@@ -68,19 +69,19 @@ def test_texts_leave_as_from_a_shorter_tower(model):
 @torch.no_grad()
 @pytest.mark.parametrize("signal", ["similarity", "gate"])
 def test_a_batch_is_its_rows_one_by_one(model, signal):
+    """Of texts also without the padding that others need: [CLS] stands after it."""
     pixels, ids = zoo.inputs("coca", ROWS)["pixel_values"], texts()
     scores = {"similarity": (0.9, 0.95, 0.97), "gate": (0.5, 0.5, 0.5)}[signal]
-    rules = {"vision": ExitRule(signal, (1, 2, 3), scores), "text": ExitRule(signal, (1,), scores[:1])}
+    rules = {"vision": ExitRule(signal, (1, 2, 3), scores), "text": ExitRule("similarity", (1,), (0.9,))}
     engine = EmbedEngine(model, ExitPolicy(rules))
     together, words = engine.images(pixels), engine.texts(ids)
     for row in range(ROWS):
         alone, length = engine.images(pixels[row : row + 1]), int((ids[row] != zoo.PAD).sum())
         torch.testing.assert_close(together.vectors[row], alone.vectors[0], rtol=1e-5, atol=1e-6)
         assert together.depths[row] == alone.depths[0]
-        same = engine.texts(ids[row : row + 1])
+        same = engine.texts(ids[row : row + 1, :length])
         torch.testing.assert_close(words.vectors[row], same.vectors[0], rtol=1e-5, atol=1e-6)
         assert words.depths[row] == same.depths[0]
-        assert length <= ids.shape[1]
 
 
 @torch.no_grad()
@@ -104,7 +105,14 @@ def test_what_is_refused(model):
     with pytest.raises(ValueError, match="fingerprint"):
         EmbedEngine(model, ExitPolicy(fingerprint="of another"))
     engine = EmbedEngine(model, ExitPolicy())
-    with pytest.raises(ValueError, match="at most 64 tokens, got 70"):
+    with pytest.raises(ValueError, match="at most 64 tokens, start and end included, got 70"):
         engine.texts(torch.ones(1, 70, dtype=torch.long))
     with pytest.raises(ValueError, match="no processor"):
         engine.embed_texts(["a"])
+    for wrong in ("a red square", []):
+        with pytest.raises(ValueError, match="must be a list of at least one text"):
+            engine.embed_texts(wrong)
+    with pytest.raises(ValueError, match=r"for the groups \['a'\] alone; embeddings have none"):
+        EmbedEngine(model, ExitPolicy(groups=("a",)))
+    with pytest.raises(ValueError, match="Gates of 'text' are not trained"):
+        EmbedEngine(model, ExitPolicy({"text": ExitRule("gate", (1,), (0.5,))}))

@@ -8,11 +8,13 @@ import torch
 from torch.nn.functional import normalize
 
 from lightning_mue.backbones import view
+from lightning_mue.backbones.stream import text_ids
 from lightning_mue.exits import attached
-from lightning_mue.training.contrast import contrast, equal_rows, info_nce, text_embeddings, text_ids
+from lightning_mue.training.contrast import contrast, equal_rows, info_nce, text_embeddings
 from lightning_mue.training.depths import Step
 from lightning_mue.training.losses import exit_weights
 from lightning_mue.training.objective import objective
+from lightning_mue.training.pairs import FULL_DEPTH, Pairs, check_contrast
 from lightning_mue.training.supervised import encode, supervise
 from lightning_mue.training.supervision import Supervision
 from tests import ranks, zoo
@@ -49,7 +51,8 @@ def test_at_full_depth_it_is_open_clips_coca_loss():
     """Captioning and contrast of the same batch, with CoCa's weights."""
     model = zoo.make("coca")
     tensors, labels = batch_of("coca")
-    ids = text_ids(labels, zoo.START, zoo.PAD)
+    ids = text_ids(labels, zoo.START, view(model).contrastive)
+    assert ids.shape[1] == 64  # as open_clip's tokenizer pads
     out = model.coca(tensors["pixel_values"], ids)
     expected = open_clip.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=zoo.PAD)(**out)
     backbone, exits = view(model), attached(model)
@@ -68,9 +71,9 @@ def test_texts_are_compared_at_every_exit():
         for weight in (0.0, 0.5)
     )
     _, _, left = encode(backbone, exits, tensors, {"vision": 2})
-    image = backbone.contrastive.image_embedding(left["vision"])
-    expected = {}
-    for k, text in text_embeddings(backbone.contrastive, exits, text_ids(labels, zoo.START, zoo.PAD)).items():
+    contrastive, expected = backbone.contrastive, {}
+    image = contrastive.image_embedding(left["vision"])
+    for k, text in text_embeddings(backbone.contrastive, exits, text_ids(labels, zoo.START, contrastive)).items():
         expected[k] = open_clip.ClipLoss()(image, text, model.coca.logit_scale.exp())
     assert list(with_contrast.contrast) == [1, 2]
     for k, loss in expected.items():
@@ -117,8 +120,8 @@ def test_several_processes_compare_with_all_of_them(tmp_path):
             whole, words, numbers = _parts()
             mine = slice(3 * ranks.my_rank(), 3 * ranks.my_rank() + 3)
             here = whole[mine].requires_grad_()
-            own = numbers[mine] if ranks.my_rank() else numbers[mine, :2]  # texts of other lengths elsewhere
-            loss = info_nce(gathered(here) @ gathered(words[mine]).T, equal_rows(gathered_texts(own, 0)))
+            same = equal_rows(gathered_texts(numbers[mine]))
+            loss = info_nce(gathered(here) @ gathered(words[mine]).T, same)
             loss.backward()
             torch.save((loss.detach(), here.grad), tmp_path / f"{ranks.my_rank()}.pt")
 
@@ -128,3 +131,44 @@ def test_several_processes_compare_with_all_of_them(tmp_path):
         loss, grad = torch.load(tmp_path / f"{k}.pt")
         torch.testing.assert_close(loss, expected.detach())
         torch.testing.assert_close(grad / 2, image.grad[3 * k : 3 * k + 3])  # DDP takes the mean over processes
+
+
+def test_batches_of_different_sizes_are_refused_everywhere(tmp_path):
+    def rank():
+        from lightning_mue.training.contrast import gathered_texts
+
+        with ranks.group(), pytest.raises(ValueError, match=r"one size on all ranks, got \[3, 4\]"):
+            gathered_texts(torch.ones(3 + ranks.my_rank(), 5, dtype=torch.long))
+
+    codes, logs = ranks.run(tmp_path, 2, rank)
+    assert codes == [0, 0], logs
+
+
+def test_texts_that_are_too_long_are_refused():
+    contrastive = view(zoo.shared("coca")).contrastive
+    assert text_ids(torch.full((1, 63), 7), zoo.START, contrastive).shape == (1, 64)
+    with pytest.raises(ValueError, match="at most 64 tokens, start and end included, got 65"):
+        text_ids(torch.full((1, 64), 7), zoo.START, contrastive)
+
+
+def test_equal_texts_are_one_whatever_stands_beside_them():
+    """Two batches with the same pictures and texts, of other widths: each text is found, as its own or as its twin."""
+    model = zoo.make("coca")
+    backbone, exits = view(model), attached(model)
+    tensors, pairs = zoo.inputs("coca", 2), Pairs(backbone, exits)
+    for width in (3, 6):
+        labels = torch.full((2, width), -100)
+        labels[:, :3] = torch.tensor([[7, 8, zoo.END], [9, 9, zoo.END]])
+        found = supervise(backbone, exits, tensors, labels, {})
+        pairs.see(backbone, exits, {"": found}, labels, zoo.START)
+    assert len({*torch.cat(pairs[FULL_DEPTH].text_id).tolist()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "contrast", "message"),
+    [("florence2", 0.5, "is for backbones that compare"), ("coca", 0.0, "learn from the contrastive loss alone")],
+)
+def test_settings_that_do_not_fit(name, contrast, message):
+    model = zoo.make(name)
+    with pytest.raises(ValueError, match=message):
+        check_contrast(Supervision(contrast=contrast), view(model), attached(model))
