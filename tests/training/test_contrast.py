@@ -1,6 +1,10 @@
 """The contrastive loss: open_clip's own, equal texts left out, every exit of the texts, several processes."""
 
 import math
+import os
+import socket
+import subprocess
+import sys
 
 import open_clip
 import pytest
@@ -10,7 +14,7 @@ from torch.nn.functional import normalize
 from lightning_mue.backbones import view
 from lightning_mue.backbones.stream import text_ids
 from lightning_mue.exits import attached
-from lightning_mue.training.contrast import contrast, equal_rows, info_nce, text_embeddings
+from lightning_mue.training.contrast import contrast, equal_rows, gathered, gathered_texts, info_nce, text_embeddings
 from lightning_mue.training.depths import Step
 from lightning_mue.training.losses import exit_weights
 from lightning_mue.training.objective import objective
@@ -18,6 +22,7 @@ from lightning_mue.training.pairs import FULL_DEPTH, Pairs, check_contrast
 from lightning_mue.training.supervised import encode, supervise
 from lightning_mue.training.supervision import Supervision
 from tests import ranks, zoo
+from tests.runs import ROOT
 from tests.training.test_supervised import batch_of
 
 
@@ -106,27 +111,31 @@ def _parts():
     return image, text, ids
 
 
+def one_rank(folder):
+    """What each process of the next test does."""
+    with ranks.group():
+        whole, words, numbers = _parts()
+        mine = slice(3 * ranks.my_rank(), 3 * ranks.my_rank() + 3)
+        here = whole[mine].requires_grad_()
+        loss = info_nce(gathered(here) @ gathered(words[mine]).T, equal_rows(gathered_texts(numbers[mine])))
+        loss.backward()
+        torch.save((loss.detach(), here.grad), f"{folder}/{ranks.my_rank()}.pt")
+
+
 def test_several_processes_compare_with_all_of_them(tmp_path):
     """Their losses are that of one process with the whole batch, and so are the gradients that they share."""
     image, text, ids = _parts()
     image.requires_grad_()
     expected = info_nce(image @ text.T, equal_rows(ids))
     expected.backward()
-
-    def rank():
-        from lightning_mue.training.contrast import gathered, gathered_texts
-
-        with ranks.group():
-            whole, words, numbers = _parts()
-            mine = slice(3 * ranks.my_rank(), 3 * ranks.my_rank() + 3)
-            here = whole[mine].requires_grad_()
-            same = equal_rows(gathered_texts(numbers[mine]))
-            loss = info_nce(gathered(here) @ gathered(words[mine]).T, same)
-            loss.backward()
-            torch.save((loss.detach(), here.grad), tmp_path / f"{ranks.my_rank()}.pt")
-
-    codes, logs = ranks.run(tmp_path, 2, rank)
-    assert codes == [0, 0], logs
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    code = f"from tests.training.test_contrast import one_rank; one_rank({str(tmp_path)!r})"
+    started = [  # not forked: a fork of a process that has trained cannot
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=common | {"LOCAL_RANK": str(k)}) for k in range(2)
+    ]
+    assert [process.wait(120) for process in started] == [0, 0]
     for k in range(2):
         loss, grad = torch.load(tmp_path / f"{k}.pt")
         torch.testing.assert_close(loss, expected.detach())
@@ -135,8 +144,6 @@ def test_several_processes_compare_with_all_of_them(tmp_path):
 
 def test_batches_of_different_sizes_are_refused_everywhere(tmp_path):
     def rank():
-        from lightning_mue.training.contrast import gathered_texts
-
         with ranks.group(), pytest.raises(ValueError, match=r"one size on all ranks, got \[3, 4\]"):
             gathered_texts(torch.ones(3 + ranks.my_rank(), 5, dtype=torch.long))
 
