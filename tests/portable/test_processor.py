@@ -117,7 +117,7 @@ def test_other_processors_are_refused(tokenizer, tmp_path):
     theirs.save(tmp_path)
     path = tmp_path / "processor_config.json"
     path.write_text(path.read_text().replace("Florence2Processor", "DonutProcessor"))
-    with pytest.raises(ValueError, match="laid out as by one of .*'CLIPProcessor'.*, got 'DonutProcessor'"):
+    with pytest.raises(ValueError, match=r"laid out as by one of .*'CLIPProcessor'.*, got 'DonutProcessor'"):
         PortableProcessor(tmp_path, {})
 
 
