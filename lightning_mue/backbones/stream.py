@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones.pieces import LayerPieces
+
+if TYPE_CHECKING:
+    from lightning_mue.backbones.contrastive import Contrastive
 
 Inputs = Mapping[str, Any]
 Outputs = Mapping[str, Tensor]
@@ -178,35 +181,6 @@ class DecodeSettings:
     """The same and everything else that shapes the output, as plain values (kept in certificates)."""
 
 
-class Contrastive(Protocol):
-    """Pictures and texts in one space: a stream of each, and embeddings of the states with which they left."""
-
-    @property
-    def image(self) -> EncoderStream:
-        """The stream of pictures; one of the backbone's encoders."""
-
-    @property
-    def text(self) -> EncoderStream:
-        """The stream of texts; reads ``text_ids [B, T]``."""
-
-    @property
-    def pad_id(self) -> int:
-        """The padding of texts."""
-
-    @property
-    def longest(self) -> int:
-        """Tokens of a text at most, start and end included."""
-
-    def image_embedding(self, state: StreamState) -> Tensor:
-        """Return unit vectors ``[B, E]`` of pictures that left with these states."""
-
-    def text_embedding(self, state: StreamState) -> Tensor:
-        """Return unit vectors ``[B, E]`` of texts that left with these states."""
-
-    def logits(self, image_BE: Tensor, text_CE: Tensor) -> Tensor:
-        """Return how alike pictures and texts are, ``[B, C]``, at the model's temperature."""
-
-
 class Backbone(Protocol):
     """A model seen as streams."""
 
@@ -258,28 +232,6 @@ class Backbone(Protocol):
 def num_layers(backbone: Backbone) -> dict[str, int]:
     """Return stream name -> layers at full depth, in the order the streams run."""
     return {s.name: s.num_layers for s in backbone.encoders} | {"decoder": backbone.decoder.num_layers}
-
-
-def text_ids(labels_BT: Tensor, start_id: int, contrastive: Contrastive) -> Tensor:
-    """Return whole texts as the text stream reads them: all of one length, ``[B, longest]``.
-
-    What stands after a text has its place by that length, so an embedding would change with the padding.
-
-    Args:
-        labels_BT: tokens, ended by the end token, -100 at padding.
-        start_id: the token before them.
-        contrastive: whose texts they are.
-
-    Raises:
-        ValueError: a text is too long.
-    """
-    longest, (rows, length) = contrastive.longest, labels_BT.shape
-    if 1 + length > longest:
-        raise ValueError(f"Texts have at most {longest} tokens, start and end included, got {1 + length}")
-    text_BT = labels_BT.new_full((rows, longest), contrastive.pad_id)
-    text_BT[:, 0] = start_id
-    text_BT[:, 1 : 1 + length] = labels_BT.masked_fill(labels_BT < 0, contrastive.pad_id)
-    return text_BT
 
 
 def exit_streams(backbone: Backbone) -> dict[str, int]:

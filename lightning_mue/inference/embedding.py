@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import EncoderStream, StreamState, fingerprint, view
+from lightning_mue.backbones.contrastive import text_ids as text_ids_of
 from lightning_mue.backbones.stream import Inputs
-from lightning_mue.backbones.stream import text_ids as text_ids_of
 from lightning_mue.exits import attached
 from lightning_mue.inference.check import check_policy
 from lightning_mue.inference.encode import climb

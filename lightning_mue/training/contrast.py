@@ -13,7 +13,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn.functional import cross_entropy
 
 from lightning_mue.backbones import StreamState
-from lightning_mue.backbones.stream import Contrastive, text_ids
+from lightning_mue.backbones.contrastive import Contrastive, text_ids
 from lightning_mue.exits import Exits
 
 

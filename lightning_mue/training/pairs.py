@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone
-from lightning_mue.backbones.stream import text_ids
+from lightning_mue.backbones.contrastive import text_ids
 from lightning_mue.exits import Exits
 from lightning_mue.metrics.retrieval import Retrieval
 from lightning_mue.training.contrast import text_embeddings

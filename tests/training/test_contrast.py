@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 from lightning_mue.backbones import view
-from lightning_mue.backbones.stream import text_ids
+from lightning_mue.backbones.contrastive import text_ids
 from lightning_mue.exits import attached
 from lightning_mue.training.contrast import contrast, equal_rows, gathered, gathered_texts, info_nce, text_embeddings
 from lightning_mue.training.depths import Step
