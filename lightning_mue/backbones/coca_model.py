@@ -198,10 +198,22 @@ def config_of(coca: CoCa) -> CoCaConfig:
     for block in (module for module in coca.modules() if type(module).__name__ == "ResidualAttentionBlock"):
         if block.ln_1.eps != _EPS or getattr(block.mlp.gelu, "approximate", "none") != "none":
             raise ValueError("A CoCa with `norm_kwargs` or `act_kwargs` has no config here; leave them out")
-    visual, text, multimodal = coca.visual, coca.text, coca.text_decoder
-    pool = visual.attn_pool
-    vision_cfg = _stack(visual.transformer) | {
-        "head_width": visual.transformer.width // visual.transformer.resblocks[0].attn.num_heads,
+    quick = type(coca.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    multimodal_cfg = _stack(coca.text_decoder) | {"context_length": coca.text_decoder.context_length}
+    config = CoCaConfig(coca.visual.output_dim, _vision_cfg(coca.visual), _text_cfg(coca.text), multimodal_cfg, quick)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in CoCa(**config.coca).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in coca.state_dict().items() if not name.startswith("mue_exits.")}
+    if shapes != found:
+        other = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise ValueError(f"This CoCa is not what its config would build: {other[:3]} are of other shapes")
+    return config
+
+
+def _vision_cfg(visual: Any) -> dict[str, Any]:
+    pool, stack = visual.attn_pool, visual.transformer
+    found = _stack(stack) | {
+        "head_width": stack.width // stack.resblocks[0].attn.num_heads,
         "image_size": list(visual.image_size),
         "patch_size": list(visual.patch_size),
         "attentional_pool": getattr(visual, "attn_pool_type", "") or pool is not None,
@@ -210,10 +222,14 @@ def config_of(coca: CoCa) -> CoCaConfig:
         "pool_type": visual.pool_type if visual.pool_type != "none" else "tok",
         "output_tokens": visual.output_tokens,
     }
-    del vision_cfg["heads"]
+    del found["heads"]
     if pool is not None:
-        vision_cfg |= {"attn_pooler_queries": len(pool.query), "attn_pooler_heads": pool.attn.num_heads}
-    text_cfg = _stack(text.transformer) | {
+        found |= {"attn_pooler_queries": len(pool.query), "attn_pooler_heads": pool.attn.num_heads}
+    return found
+
+
+def _text_cfg(text: Any) -> dict[str, Any]:
+    return _stack(text.transformer) | {
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
         "embed_cls": text.cls_emb is not None,
@@ -225,16 +241,6 @@ def config_of(coca: CoCa) -> CoCaConfig:
         "proj_bias": isinstance(text.text_projection, nn.Linear),
         "output_tokens": text.output_tokens,
     }
-    multimodal_cfg = _stack(multimodal) | {"context_length": multimodal.context_length}
-    quick = type(visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
-    config = CoCaConfig(visual.output_dim, vision_cfg, text_cfg, multimodal_cfg, quick)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in CoCa(**config.coca).state_dict().items()}
-    found = {name: tensor.shape for name, tensor in coca.state_dict().items() if not name.startswith("mue_exits.")}
-    if shapes != found:
-        other = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-        raise ValueError(f"This CoCa is not what its config would build: {other[:3]} are of other shapes")
-    return config
 
 
 def check_towers(coca: CoCa) -> None:
