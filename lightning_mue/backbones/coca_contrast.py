@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from open_clip.coca_model import CoCa
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from lightning_mue.backbones.stream import EncoderStream, Inputs, LayerCall, Outputs, StreamState
@@ -34,17 +34,30 @@ class CoCaTextStream:
         return StreamState(h_BTD, mask=mask)
 
     def call(self, k: int, state: StreamState) -> LayerCall:
-        """Not exported: texts are short."""
-        raise NotImplementedError("CoCa's text tower is no graph yet; embed texts in torch")
+        """One block."""
+        tensors = (state.h_BTD,) if state.mask is None else (state.h_BTD, state.mask)
+        return LayerCall(_MaskedBlock(self._blocks[k - 1], self._text.heads), tensors, ((0,), (0,))[: len(tensors)])
 
     def layer(self, k: int, state: StreamState) -> Tensor:
         """Run one block."""
-        mask = None if state.mask is None else state.mask.repeat_interleave(self._text.heads, 0)
-        return self._blocks[k - 1](state.h_BTD, attn_mask=mask)
+        return self.call(k, state)()
 
     def epilogue(self, state: StreamState) -> Tensor:
         """Return the states; nothing but the embedding is made of them."""
         return state.h_BTD
+
+
+class _MaskedBlock(nn.Module):
+    """A block whose mask ``[B, T, T]`` is that of all heads; torch's attention wants it once for each."""
+
+    def __init__(self, block: nn.Module, heads: int) -> None:
+        super().__init__()
+        self.block, self.heads = block, heads
+
+    def forward(self, h_BTD: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = None if mask is None else mask.repeat_interleave(self.heads, 0)
+        result_BTD: Tensor = self.block(h_BTD, attn_mask=mask)
+        return result_BTD
 
 
 class CoCaContrast:
