@@ -4,7 +4,8 @@
 
 The encoder (6 layers of width 768, 597 tokens) and the vision blocks (DaViT's long stage as in Florence-2-base, 9 of
 them, at 224 and 768 px), one sample, random weights: cost alone, no quality, no signal. Every line first has to give
-the float32 states. All lines are timed in turn, in a new order each round.
+the float32 states. All lines are timed in turn, in a new order each round. ``limit``: the weights read and multiplied
+with as fast as this machine was seen to do either; nothing else, and nothing is timed.
 Writes ``benchmarks/results/encode_<date>.md``.
 """
 
@@ -21,11 +22,14 @@ import numpy as np
 import torch
 from decode import spread, where
 from decode_case import changed_copy
+from decode_limits import PRECISIONS
 from rich.progress import track
 from targets import note, today
 from torch import Tensor, nn
 
 from lightning_mue.backbones import EncoderStream, StreamState, build_backbone, view
+from lightning_mue.benchmark.machine import measure_machine
+from lightning_mue.benchmark.work import counted
 from lightning_mue.files import write_text
 from lightning_mue.inference.sessions import StreamSessions
 
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     model = random_model()
     copies = {precision: changed_copy(model, precision, "sdpa") for precision in ("bf16", "int8")} | {"fp32": model}
-    found = {name: measure(copies, name, args.repeats) for name in args.cases}
+    found = {name: measure(copies, name, args.repeats) | limits(copies["fp32"], name) for name in args.cases}
     target = Path(args.out) / f"encode_{today()}.md"
     write_text(target, report(found, args.repeats))
     if target.parent == RESULTS:
@@ -128,6 +132,21 @@ def measure(copies: Mapping[str, nn.Module], case: str, repeats: int) -> dict[tu
                 runs[key[0]](todo[key])
                 ms[key].append((time.process_time() - begin) * 1e3)
     return {key: np.array(values) for key, values in ms.items()}
+
+
+def limits(model: nn.Module, case: str) -> dict[tuple[str, str], np.ndarray]:
+    """Return ("limit ...", ``full`` or ``half``) -> the least milliseconds, ``[1]``."""
+    stream, (tokens, width), grid = CASES[case]
+    of = next(s for s in view(model).encoders if s.name == stream)
+    state = StreamState(torch.zeros(1, tokens, width), grid=grid)
+    work = [counted(model, partial(of.layer, k, state))[1] for k in range(1, of.num_layers + 1)]
+    found = {}
+    for precision, name in PRECISIONS.items():
+        machine = measure_machine(name, sum(layer.weights for layer in work), clock=time.process_time)
+        ms = [1e3 * machine.seconds(layer) for layer in work]
+        found[f"limit {precision}", "full"] = np.array([sum(ms)])
+        found[f"limit {precision}", "half"] = np.array([sum(ms[: len(ms) // 2])])
+    return found
 
 
 def check(name: str, found: Tensor, expected: Tensor) -> None:

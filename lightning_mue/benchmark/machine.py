@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -56,7 +58,21 @@ def _products(precision: str, device: torch.device) -> list[Callable[[], Any]]:
                 nn.Sequential(nn.Linear(SIDE, SIDE)), {nn.Linear}, dtype=torch.qint8
             )
         found.append(lambda: linear(a))
+        with contextlib.suppress(ImportError):  # ONNX Runtime's is the faster where a processor has tiles (AMX)
+            found.append(_int8_product())
     return found
+
+
+def _int8_product() -> Callable[[], Any]:
+    """Return a product of 8 bits in ONNX Runtime."""
+    from lightning_mue.inference.product_graph import product_graph
+    from lightning_mue.inference.session import Session
+
+    weights = {name: np.ones(shape, np.float32) for name, shape in (("scale", SIDE), ("norms", (2, SIDE)))}
+    weights |= {"weight": np.ones((SIDE, SIDE), np.int8)}
+    session = Session(product_graph(SIDE, SIDE), torch.get_num_threads(), weights)
+    states, out = np.ones((SIDE, SIDE), np.uint8), np.empty((SIDE, SIDE), np.float32)
+    return lambda: session.into((states, np.ones(2, np.float32)), (out,))
 
 
 def _best(run: Callable[[], Any], times: int, clock: Clock) -> float:

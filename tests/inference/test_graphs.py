@@ -164,3 +164,15 @@ def rounded(x):
 def test_unknown_precisions():
     with pytest.raises(ValueError, match=r"precisions .*'int8_rows'.*, got 'int4'"):
         Graphs("int4")
+
+
+@torch.no_grad()
+def test_convolutions_keep_float32(tmp_path):
+    """Of 8 bits are matrices alone."""
+    module = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Linear(6, 5)).eval()
+    pixels = torch.randn(2, 4, 6, 6)
+    graph = Graphs("int8", tmp_path).make(module, pixels)
+    kinds = {node.op_type for node in pytest.importorskip("onnx").ModelProto.FromString(graph).graph.node}
+    assert "Conv" in kinds
+    assert not {"ConvInteger", "Gemm", "MatMul"} & kinds
+    np.testing.assert_allclose(run(graph, pixels)[0], module(pixels), atol=0.05)
