@@ -120,12 +120,20 @@ def _generate(args: Sequence[str]) -> None:
     parser.add_argument("--group", help="group of the sample, where a policy leaves early for some groups alone")
     parser.add_argument("--max_new_tokens", type=int, default=None)
     parser.add_argument("--runtime", help="torch, onnxruntime (the same answers, on CPUs often faster) or auto")
+    parser.add_argument("--sample", action="store_true", help="draw tokens; what is certified is the best ones")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of --sample")
+    parser.add_argument("--top_k", type=int, default=0, help="of --sample: only so many of the best tokens; 0 is all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="of --sample: only the likeliest of this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample")
     found = parser.parse_args(args)
     from lightning_mue.export import load
 
+    how = {name: getattr(found, name) for name in ("temperature", "top_k", "top_p", "seed")}
     engine, pictures = load(found.bundle, runtime=found.runtime), _pictures(found.image)
     given = (None if text is None else [text] * len(pictures) for text in (found.decoder_prompt, found.group))
-    for answer in engine.answer(pictures, [found.prompt] * len(pictures), found.max_new_tokens, *given):
+    for answer in engine.answer(
+        pictures, [found.prompt] * len(pictures), found.max_new_tokens, *given, do_sample=found.sample, **how
+    ):
         print(answer)
 
 

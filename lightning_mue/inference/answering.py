@@ -42,6 +42,7 @@ class Answering(ABC):
         max_new_tokens: int | None = None,
         decoder_prompts: Sequence[str] | None = None,
         groups: Sequence[str] | None = None,
+        **how: Any,
     ) -> list[str]:
         """Answer one prompt for each picture, as text; only with the answers that calibration allowed, if it did.
 
@@ -51,6 +52,7 @@ class Answering(ABC):
             max_new_tokens: at most; if not given, as certified, else as the generation config says.
             decoder_prompts: as many texts that the decoder reads before it answers.
             groups: as many names, as in ``generate``.
+            **how: more settings of ``generate``, such as ``do_sample`` or ``num_beams``.
 
         Raises:
             ValueError: the engine has no processor, or the numbers of pictures and of prompts of either kind differ.
@@ -62,6 +64,6 @@ class Answering(ABC):
         if decoder_prompts is not None:
             inputs["decoder_prompt"] = self.processor.decoder_prompts(decoder_prompts)
         allowed = calibrated_answers(self.policy, self.processor, self.end_id())
-        out = self.generate(max_new_tokens, allowed, groups=groups, **self.place(inputs))
+        out = self.generate(max_new_tokens, allowed, groups=groups, **how, **self.place(inputs))
         texts: list[str] = self.processor.decode(out.sequences)
         return texts

@@ -23,6 +23,7 @@ from lightning_mue.inference.output import ExitOutput, joined
 from lightning_mue.inference.request import by_group, check_inputs, decoder_exits, longest_answer
 from lightning_mue.inference.rows import PrefixFn, asked_once, constraint_of, of_beams, rows_of
 from lightning_mue.inference.runtime import in_precision, make_runtime
+from lightning_mue.inference.sampling import Sampling, sampling_settings
 from lightning_mue.inference.schedule import DecodeRecord, decode
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
@@ -31,7 +32,7 @@ from lightning_mue.prompt import read_prompts
 
 
 class ExitEngine(Answering):
-    """Generates under an exit policy, greedily or with beams; ``ExitPolicy.full_depth()`` is the plain model.
+    """Generates under an exit policy: greedy, beams or samples; ``ExitPolicy.full_depth()`` is the plain model.
 
     Args:
         model: a supported backbone, with exits attached if the policy needs them. It is put into eval mode; a policy of
@@ -81,6 +82,11 @@ class ExitEngine(Answering):
         num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
         **inputs: Any,
     ) -> ExitOutput:
         """Answer a batch; every row leaves every stream at its own layer.
@@ -94,12 +100,21 @@ class ExitEngine(Answering):
             num_beams: more than one searches with beams, which leave one by one; certificates are of one.
             length_penalty: of beams, as of transformers.
             early_stopping: of beams, as of transformers.
+            do_sample: draw tokens; certificates are of the best ones. The noise depends on a row, a position and the
+                seed alone (`Sampling.noise`), so exits, drafts and both runtimes draw alike. A generation config's
+                settings of sampling are not read.
+            temperature: of sampling, as of transformers; signals are asked before it.
+            top_k: of sampling; 0 (transformers' own default is 50) is all tokens. With this and the next the vocabulary
+                head computes all logits in float32, which takes longer.
+            top_p: of sampling, as of transformers.
+            seed: of sampling; or one for each row, which is then drawn as alone.
             **inputs: the backbone's own, such as ``pixel_values`` and ``input_ids``; and ``decoder_prompt [B, P]``:
                 tokens that the decoder reads before it answers, padded with -100 on the right. Others are ignored.
         """
         beams = beam_settings(num_beams, length_penalty, early_stopping)
+        drawn = sampling_settings(do_sample, temperature, top_k, top_p, seed, num_beams)
         if self.policy.groups is None:
-            return self.run(max_new_tokens, prefix_allowed_tokens_fn, timings, inputs, beams=beams)[0]
+            return self.run(max_new_tokens, prefix_allowed_tokens_fn, timings, inputs, beams=beams, sampling=drawn)[0]
         check_inputs(inputs)
         names = self.backbone.generate_inputs
         size, rows, others = by_group(self.policy, groups, inputs, names)
@@ -107,7 +122,9 @@ class ExitEngine(Answering):
         for engine, mine in zip(self._by_group, (rows, others), strict=True):
             if mine:
                 allowed, given = constraint_of(prefix_allowed_tokens_fn, mine), rows_of(inputs, names, mine)
-                parts.append((mine, engine.run(max_new_tokens, allowed, timings, given, beams=beams)[0]))
+                of_mine = drawn and drawn.of_rows(mine)
+                out, _ = engine.run(max_new_tokens, allowed, timings, given, beams=beams, sampling=of_mine)
+                parts.append((mine, out))
         return joined(parts, size, self.backbone.decode_settings(None).pad_id)
 
     def end_id(self) -> int:
@@ -128,6 +145,7 @@ class ExitEngine(Answering):
         on_exit: OnExit | None = None,
         forced: Sequence[Sequence[int]] | None = None,
         beams: BeamSettings | None = None,
+        sampling: Sampling | None = None,
     ) -> tuple[ExitOutput, TorchExecutor]:
         """``generate``, returning the executor too: a trace is made of its states and of what ``on_exit`` sees.
 
@@ -149,6 +167,8 @@ class ExitEngine(Answering):
             )
             prompts = read_prompts(inputs, len(encoded.memory_BSD), settings.start_id)
             given = (self.backbone, self.exits, encoded.memory_BSD, self.backbone.memory_mask(inputs))
+            if sampling is not None:
+                sampling.check(len(prompts))
             rows = [prompt for prompt in prompts for _ in range(1 if beams is None else beams.num_beams)]
             allowed = of_beams(prefix_fn, len(rows) // len(prompts))
             executor = self._runtime.executor(
@@ -158,6 +178,7 @@ class ExitEngine(Answering):
                 watch,
                 beams=len(rows) // len(prompts),
                 closed=closed,
+                sampling=sampling,
             )
             exits = decoder_exits(self.policy, settings.max_new_tokens, forced)
             if self.policy.verified:

@@ -14,15 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lightning_mue.inference.array_signals import (
-    NEEDS_LOGITS,
-    OF_LOGITS,
-    flat_similarity,
-    log_softmax,
-    similarity,
-)
+from lightning_mue.inference.array_signals import NEEDS_LOGITS, OF_LOGITS, flat_similarity, log_softmax, similarity
 from lightning_mue.inference.outside import Outside
 from lightning_mue.inference.ragged import attend, to_bfloat16
+from lightning_mue.inference.sampling import Sampling
 from lightning_mue.inference.schedule import Block, Place
 from lightning_mue.inference.scored import Scored
 from lightning_mue.inference.session import DecoderSessions
@@ -50,6 +45,7 @@ class OrtExecutor:
         stopwatch: where the time of each part goes.
         beams: so many rows, one after the other, read the same memory.
         closed: the only tokens that ``processors`` ever leave, where they are known; None: any.
+        sampling: how tokens are drawn; None: the best are taken.
     """
 
     def __init__(
@@ -63,6 +59,7 @@ class OrtExecutor:
         stopwatch: Stopwatch,
         beams: int = 1,
         closed: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         if positions > sessions.max_positions:
             raise ValueError(
@@ -84,7 +81,7 @@ class OrtExecutor:
         self._memory_kv: dict[int, Array] = {}
         self._rounded = sessions.precision != "float32"
         self._projected: list[set[int]] = [set() for _ in range(layers)]
-        self._scored = Scored()
+        self._scored, self._sampling = Scored(), sampling
 
     def share(self, owner_RT: Array) -> None:
         """From now on position ``t`` of row ``r`` is in row ``owner_RT[r, t]``; the table may change."""
@@ -140,7 +137,7 @@ class OrtExecutor:
             logits_RV = None
             if signal in NEEDS_LOGITS:
                 logits_RV = self.exit_logits(layer, row_R, position_R)
-                self._scored.note(layer, places, logits_RV)
+                self._scored.note(layer, places, self._drawn(logits_RV, row_R, position_R))
             if signal == "patience":
                 return self._scored.patience(layer)
             found: list[float] = self.scores(signal, layer, row_R, position_R, logits_RV).tolist()
@@ -167,7 +164,7 @@ class OrtExecutor:
         return self._process(logits_RV, row_R, position_R)
 
     def choose(self, exits: Mapping[int, Sequence[Place]]) -> dict[Place, int]:
-        """Arg-max tokens; exits whose logits the signal computed already cost nothing more."""
+        """The best tokens, or those drawn; exits whose logits the signal computed already cost nothing more."""
         with self._watch.part("head"):
             chosen, fresh = self._scored.split(exits)
             if fresh:
@@ -185,14 +182,35 @@ class OrtExecutor:
             return self._process(log_softmax(logits_RV), *np.concatenate([*of_exits.values()], 1))
 
     def best(self, h_RD: Array, row_R: Array, position_R: Array) -> Array:
-        """Return the token ``[R]`` that each exit branch chooses: of a few, or of all without all their logits."""
-        if self._closed_head is not None:
-            return self._process(self._closed_head(h_RD), row_R, position_R).argmax(-1)
+        """Return the token ``[R]`` that each exit branch chooses: of a few, or of all without all their logits.
+
+        Noise is added to each score by itself, so what is drawn needs no more of the head than the best does; only
+        ``top_k`` and ``top_p`` look at all logits.
+        """
+        sampling, head = self._sampling, self._closed_head
+        if head is None and sampling is not None and not sampling.is_by_token:
+            head = self._sessions.head
+        if head is not None:
+            return self._drawn(self._process(head(h_RD), row_R, position_R), row_R, position_R).argmax(-1)
 
         def process(asked_R: Array, scores_RV: Array) -> Array:
             return self._process(scores_RV, row_R[asked_R], position_R[asked_R])
 
-        return self._sessions.greedy_head.argmax(h_RD, process if self._processors else None)
+        if sampling is None:
+            return self._sessions.greedy_head.argmax(h_RD, process if self._processors else None)
+        noise_RV = sampling.noise(row_R, position_R, len(self._sessions.weight_VD))
+
+        def drawn(asked_R: Array, scores_RV: Array) -> Array:
+            return sampling.perturbed(process(asked_R, scores_RV), noise_RV[asked_R])
+
+        return self._sessions.greedy_head.argmax(h_RD, drawn)
+
+    def _drawn(self, logits_RV: Array, row_R: Array, position_R: Array) -> Array:
+        """Return what to take the arg-max of: processed logits, or their sum with noise."""
+        if self._sampling is None:
+            return logits_RV
+        noise_RV = self._sampling.noise(row_R, position_R, logits_RV.shape[1])
+        return self._sampling.perturbed(logits_RV, noise_RV)
 
     def _branch(self, layer: int, row_R: Array, position_R: Array) -> Array:
         return self._outside.branch(layer, self.states[layer][self._where(row_R, position_R)])

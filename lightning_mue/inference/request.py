@@ -9,11 +9,11 @@ from typing import Any
 from lightning_mue.inference.schedule import DecoderExits
 from lightning_mue.policy import ExitPolicy, ExitRule
 
-_NOT_GREEDY = {
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
+_NOT_DONE = {
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
     "num_return_sequences",
     "max_length",
     "generation_config",
@@ -29,8 +29,8 @@ def check_inputs(inputs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: what was asked.
     """
-    if asked := sorted(_NOT_GREEDY & set(inputs)):
-        raise ValueError(f"The engine decodes greedily and does not do {asked}; leave them out.")
+    if asked := sorted(_NOT_DONE & set(inputs)):
+        raise ValueError(f"The engine does not do {asked}; leave them out.")
     if "decoder_input_ids" in inputs:
         raise ValueError("The engine takes `decoder_prompt [B, P]`, without the start token, for `decoder_input_ids`.")
 

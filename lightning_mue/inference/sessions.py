@@ -18,6 +18,7 @@ from lightning_mue.exits import Exits
 from lightning_mue.inference.graphs import Graphs
 from lightning_mue.inference.ort_executor import OrtExecutor, Processor
 from lightning_mue.inference.outside import Outside
+from lightning_mue.inference.sampling import Sampling
 from lightning_mue.inference.session import DecoderSessions, Head, LayerSessions, Session
 from lightning_mue.inference.stopwatch import Stopwatch
 
@@ -106,12 +107,13 @@ def make_executor(
     stopwatch: Stopwatch,
     beams: int = 1,
     closed: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
 ) -> OrtExecutor:
     """Return the executor of a batch whose tensors lie in float32 on the CPU; called as `TorchExecutor` is."""
     bias_BS = None if memory_mask is None else np.ascontiguousarray(memory_mask[:, 0, 0].numpy())
-    how = (bias_BS, positions, [_of_arrays(processor) for processor in processors], stopwatch, beams, closed)
+    how = (bias_BS, positions, [_of_arrays(processor) for processor in processors], stopwatch)
     outside = TorchOutside(sessions, backbone.decoder, exits)
-    return OrtExecutor(sessions, outside, np.ascontiguousarray(memory_BSD.numpy()), *how)
+    return OrtExecutor(sessions, outside, np.ascontiguousarray(memory_BSD.numpy()), *how, beams, closed, sampling)
 
 
 def _of_arrays(processor: TokenProcessor) -> Processor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_mue.backbones import Backbone
 from lightning_mue.backbones.stream import TokenProcessor, causal_mask
 from lightning_mue.exits import Exits
+from lightning_mue.inference.sampling import Sampling
 from lightning_mue.inference.schedule import Block, Place
 from lightning_mue.inference.scored import Scored
 from lightning_mue.inference.stopwatch import Stopwatch
@@ -38,6 +39,7 @@ class TorchExecutor:
         stopwatch: where the time of each part goes.
         beams: so many rows, one after the other, read the same memory.
         closed: the only tokens that ``processors`` ever leave, where they are known; None: any.
+        sampling: how tokens are drawn; None: the best are taken.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class TorchExecutor:
         stopwatch: Stopwatch,
         beams: int = 1,
         closed: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         decoder = self._decoder = backbone.decoder
         if positions > decoder.max_positions:
@@ -71,7 +74,7 @@ class TorchExecutor:
         self.ids = torch.zeros(self.batch, positions + 1, dtype=torch.long, device=memory_BSD.device)
         self._memory_kv: list[tuple[Tensor, Tensor] | None] = [None] * (decoder.num_layers + 1)
         self._projected: list[set[int]] = [set() for _ in range(decoder.num_layers + 1)]
-        self._scored = Scored()
+        self._scored, self._sampling = Scored(), sampling
 
     def share(self, owner_RT: np.ndarray) -> None:
         """From now on position ``t`` of row ``r`` is in row ``owner_RT[r, t]``; the table may change."""
@@ -123,7 +126,7 @@ class TorchExecutor:
             logits_RV = None
             if signal in NEEDS_LOGITS:
                 logits_RV = self.exit_logits(layer, index, position)
-                self._scored.note(layer, places, logits_RV)
+                self._scored.note(layer, places, self._drawn(logits_RV, places))
             if signal == "patience":
                 return self._scored.patience(layer)
             return self.scores(signal, layer, index, position, logits_RV).tolist()
@@ -165,14 +168,14 @@ class TorchExecutor:
         return self._decoder.head_rows(self._closed)
 
     def choose(self, exits: Mapping[int, Sequence[Place]]) -> dict[Place, int]:
-        """Arg-max tokens; exits whose logits the signal computed already cost nothing more."""
+        """The best tokens, or those drawn; exits whose logits the signal computed already cost nothing more."""
         with self._watch.part("head"):
             chosen, fresh = self._scored.split(exits)
             if fresh:
                 places = [place for group in fresh.values() for place in group]
                 branches = [self._branch(k, *self._at(group)) for k, group in fresh.items()]
                 h_RD = torch.cat(branches) if len(branches) > 1 else branches[0]
-                chosen |= dict(zip(places, self._best(h_RD, *self._at(places)), strict=True))
+                chosen |= dict(zip(places, self._best(h_RD, places), strict=True))
             return chosen
 
     def log_probs(self, exits: Mapping[int, Sequence[Place]]) -> np.ndarray:
@@ -183,9 +186,19 @@ class TorchExecutor:
             log_probs_RV = self._decoder.head(self._decoder.norm(h_RD)).float().log_softmax(-1)  # over all tokens
             return self._process(log_probs_RV, *self._at(places)).cpu().numpy()
 
-    def _best(self, h_RD: Tensor, index: Index, position: Position) -> list[int]:
+    def _best(self, h_RD: Tensor, places: Sequence[Place]) -> list[int]:
         """Return the token that each exit branch chooses."""
-        return self._process(self._head(h_RD), index, position).argmax(-1).tolist()
+        logits_RV = self._process(self._head(h_RD), *self._at(places))
+        tokens: list[int] = self._drawn(logits_RV, places).argmax(-1).tolist()
+        return tokens
+
+    def _drawn(self, logits_RV: Tensor, places: Sequence[Place]) -> Tensor | np.ndarray:
+        """Return what to take the arg-max of: processed logits, or their sum with noise, on the host."""
+        if self._sampling is None:
+            return logits_RV
+        rows, positions = zip(*places, strict=True)
+        noise_RV = self._sampling.noise(rows, positions, logits_RV.shape[1])
+        return self._sampling.perturbed(logits_RV.float().cpu().numpy(), noise_RV)
 
     def _branch(self, layer: int, index: Index, position: Position) -> Tensor:
         h_RD = self.states[layer, index, position]

@@ -101,6 +101,7 @@ class WatchedEngine:
         Raises:
             ValueError: groups or references are needed and are not there for every row.
         """
+        _check_greedy(inputs)
         output = self.engine.generate(max_new_tokens, prefix_allowed_tokens_fn, timings, groups, **inputs)
 
         def again(rows: list[int]) -> Twice:
@@ -188,6 +189,12 @@ def _checked(scorers: Mapping[str, Scorer], metrics: Sequence[str], engine: Exit
     if metrics and engine.processor is None:
         raise ValueError(f"Scoring {metrics[0]!r} needs text, and this engine has no processor; give it one")
     return {metric: scorers[metric] for metric in metrics}
+
+
+def _check_greedy(inputs: Mapping[str, Any]) -> None:
+    """Refuse what no promise is about."""
+    if asked := sorted({"do_sample", "num_beams"} & set(inputs)):
+        raise ValueError(f"What is promised, and watched, is greedy decoding; leave {asked} out, or use the engine.")
 
 
 def _check_given(name: str, values: Sequence[Any] | None, requests: int, needed: bool) -> None:

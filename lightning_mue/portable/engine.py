@@ -20,6 +20,7 @@ from lightning_mue.inference.ort_executor import OrtExecutor
 from lightning_mue.inference.output import ExitOutput, joined
 from lightning_mue.inference.request import by_group, check_inputs, decoder_exits, longest_answer
 from lightning_mue.inference.rows import PrefixFn, asked_once, constraint_of, of_beams, rows_of
+from lightning_mue.inference.sampling import Sampling, sampling_settings
 from lightning_mue.inference.schedule import DecodeRecord, decode
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.policy import ExitPolicy
@@ -61,6 +62,11 @@ class PortableEngine(Answering):
         num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
         **inputs: Any,
     ) -> ExitOutput:
         """Answer a batch; every row leaves every stream at its own layer.
@@ -74,6 +80,14 @@ class PortableEngine(Answering):
             num_beams: more than one searches with beams, which leave one by one; certificates are of one.
             length_penalty: of beams, as of transformers.
             early_stopping: of beams, as of transformers.
+            do_sample: draw tokens; certificates are of the best ones. The noise depends on a row, a position and the
+                seed alone (`Sampling.noise`), so exits, drafts and both runtimes draw alike. A generation config's
+                settings of sampling are not read.
+            temperature: of sampling, as of transformers; signals are asked before it.
+            top_k: of sampling; 0 (transformers' own default is 50) is all tokens. With this and the next the vocabulary
+                head computes all logits in float32, which takes longer.
+            top_p: of sampling, as of transformers.
+            seed: of sampling; or one for each row, which is then drawn as alone.
             **inputs: arrays: ``pixel_values``, ``input_ids``, ``attention_mask`` (all ones if not given), and
                 ``decoder_prompt [B, P]``, padded with -100 on the right. Others are ignored.
 
@@ -86,14 +100,16 @@ class PortableEngine(Answering):
         check_inputs(inputs)
         given, plain = self._given(inputs), replace(self.policy, groups=None)
         how = (max_new_tokens, timings, beam_settings(num_beams, length_penalty, early_stopping))
+        drawn = sampling_settings(do_sample, temperature, top_k, top_p, seed, num_beams)
         if self.policy.groups is None:
-            return self._run(plain, prefix_allowed_tokens_fn, given, *how)
+            return self._run(plain, prefix_allowed_tokens_fn, given, *how, drawn)
         size, rows, others = by_group(self.policy, groups, given, [*given])
         parts = []
         for policy, mine in ((plain, rows), (ExitPolicy(certificate=self.policy.certificate), others)):
             if mine:
                 allowed = constraint_of(prefix_allowed_tokens_fn, mine)
-                parts.append((mine, self._run(policy, allowed, rows_of(given, [*given], mine), *how)))
+                of_mine = rows_of(given, [*given], mine)
+                parts.append((mine, self._run(policy, allowed, of_mine, *how, drawn and drawn.of_rows(mine))))
         return joined(parts, size, self.files.facts["decode"]["pad_id"])
 
     def end_id(self) -> int:
@@ -109,6 +125,7 @@ class PortableEngine(Answering):
         max_new_tokens: int | None,
         timings: bool,
         beams: BeamSettings | None,
+        sampling: Sampling | None,
     ) -> ExitOutput:
         settings, watch = self.files.facts["decode"], Stopwatch(None, timings)
         asked = longest_answer(policy, max_new_tokens)
@@ -122,12 +139,14 @@ class PortableEngine(Answering):
         with watch.part("total"):
             encoded = encode(self.files, inputs, policy.rules, watch)
             prompts = read_prompts(inputs, len(encoded.memory_BSD), settings["start_id"])
+            if sampling is not None:
+                sampling.check(len(prompts))
             make = partial(OrtExecutor, self._decoder, self._outside, encoded.memory_BSD, encoded.bias_BS)
             count = 1 if beams is None else beams.num_beams
             rules = token_rules(
                 settings, steps, of_beams(allowed, count), [prompt for prompt in prompts for _ in range(count)]
             )
-            executor = make(max(map(len, prompts)) - 1 + steps, rules, watch, count, closed)
+            executor = make(max(map(len, prompts)) - 1 + steps, rules, watch, count, closed, sampling)
             exits = decoder_exits(policy, steps)
             if policy.verified:
                 first = min(policy.rules["decoder"].reachable, default=executor.num_layers)

@@ -238,6 +238,13 @@ def test_nothing_promised_is_nothing_to_watch(made):
         WatchedEngine(ExitEngine(model, policy), promises=[])
 
 
+def test_what_is_not_greedy_is_not_watched(made):
+    model, tensors, policy, _, _ = made
+    watched = WatchedEngine(ExitEngine(model, policy), 1.0, SAME)
+    with pytest.raises(ValueError, match=r"is greedy decoding; leave \['do_sample'\] out"):
+        watched.generate(STEPS, do_sample=True, **tensors)
+
+
 def test_audits_run_in_the_models_own_precision():
     """A policy of lower precision is compared with the model that was promised, not with its own copy."""
     model = zoo.shared("florence2", seed=1)

@@ -126,10 +126,10 @@ def test_the_length_is_that_of_generate(name, settings):
     assert engine_of(model, ExitPolicy.full_depth()).generate(**tensors).sequences.tolist() == expected.tolist()
 
 
-def test_what_is_not_greedy_is_refused():
+def test_what_the_engine_does_not_do_is_refused():
     engine, tensors = engine_of(zoo.make("florence2"), ExitPolicy.full_depth()), zoo.inputs("florence2", 1)
-    with pytest.raises(ValueError, match=r"does not do \['do_sample'\]"):
-        engine.generate(**tensors, do_sample=True)
+    with pytest.raises(ValueError, match=r"does not do \['num_return_sequences'\]"):
+        engine.generate(**tensors, num_return_sequences=2)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         engine.generate(0, **tensors)
 

@@ -86,6 +86,11 @@ def test_it_answers_alone(made, tmp_path):
     asked = "import lightning_mue.cli as cli; cli.main(sys.argv[1:])"
     given = ["--image", tmp_path / "a.png", "--prompt", prompts[0]]
     assert alone(asked, "generate", made.folder, *given) == f"{expected[0]}\n"
+    drawn = ExitEngine(made.model, policy, processor=made.processor).answer(
+        images[:1], prompts[:1], do_sample=True, temperature=2.0, top_k=50, seed=3
+    )
+    how = ["--sample", "--temperature", 2.0, "--top_k", 50, "--seed", 3]
+    assert alone(asked, "generate", made.folder, *given, *how) == f"{drawn[0]}\n" != f"{expected[0]}\n"
     code = """
 import json, lightning_mue as mue
 from PIL import Image

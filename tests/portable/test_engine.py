@@ -125,6 +125,18 @@ def test_beams(frozen):
         assert_same(*both(frozen, policy, tensors, 7, num_beams=3, length_penalty=2.0, early_stopping=True))
 
 
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": [4, 5, 6, 7, 8]}])
+def test_samples(frozen, how):
+    tensors = prompted(zoo.inputs(frozen.name, ROWS))
+    rules = mixed(frozen.model, frozen.name, zoo.inputs(frozen.name, ROWS), "gate").rules
+    for policy in (ExitPolicy(rules), ExitPolicy({"decoder": rules["decoder"]}, verified=True)):
+        engine = frozen.engine
+        engine.policy = policy
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        expected = ExitEngine(frozen.model, policy).generate(7, do_sample=True, **how, **tensors)
+        assert engine.generate(7, do_sample=True, **how, **arrays).sequences.tolist() == expected.sequences.tolist()
+
+
 def test_settings_are_written(frozen):
     facts = frozen.engine.files.facts
     assert facts["decode"] == ExitEngine(frozen.model, ExitPolicy()).backbone.decode_settings(None).plain
