@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lightning_mue.backbones.stream import EncoderStream, StreamState
+from lightning_mue.prompt import IGNORE
 
 
 class Contrastive(Protocol):
@@ -61,3 +62,25 @@ def text_ids(labels_BT: Tensor, start_id: int, contrastive: Contrastive) -> Tens
     text_BT[:, 0] = start_id
     text_BT[:, 1 : 1 + length] = labels_BT.masked_fill(labels_BT < 0, contrastive.pad_id)
     return text_BT
+
+
+def labels_of(text_BT: Tensor, start_id: int, contrastive: Contrastive) -> Tensor:
+    """Return the labels ``[B, longest - 1]`` of whole texts, -100 at padding: those of which ``text_ids`` makes them.
+
+    Args:
+        text_BT: as open_clip's tokenizer writes them, ``[B, longest]``.
+        start_id: their first token.
+        contrastive: whose texts they are.
+
+    Raises:
+        ValueError: they have another length, or begin otherwise.
+    """
+    if text_BT.shape[1] != contrastive.longest:
+        raise ValueError(f"`text` must be padded to the model's {contrastive.longest} tokens, got {text_BT.shape[1]}")
+    if (text_BT[:, 0] != start_id).any():
+        raise ValueError(
+            f"`text` must begin with the start token, {start_id} for open_clip's tokenizer, got "
+            f"{text_BT[:, 0].unique().tolist()}; for others say so in the `generation_config` of `mue`'s own CoCa model"
+        )
+    labels_BT = text_BT[:, 1:]
+    return labels_BT.masked_fill(labels_BT == contrastive.pad_id, IGNORE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,25 +12,31 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_mue.backbones import EXITS, view
-from lightning_mue.callbacks.batches import missing_inputs
+from lightning_mue.backbones import EXITS, Backbone, num_layers, view
 from lightning_mue.callbacks.held_model import held_model
+from lightning_mue.callbacks.supervised_call import computes_loss, read_call
 from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached, exits_on_the_way
 from lightning_mue.exits.exits_file import check_same, pack_exits, unpack_exits
+from lightning_mue.training.add_loss import add_loss
 from lightning_mue.training.depths import sample_step
 from lightning_mue.training.losses import Weighting
 from lightning_mue.training.objective import objective
+from lightning_mue.training.pairs import check_contrast
 from lightning_mue.training.replace_loss import replace_loss
 from lightning_mue.training.shortlist import FirstLabels, begin_shortlist
 from lightning_mue.training.supervision import Supervision
 
 
 class MultiExitSupervision(L.Callback):
-    """Attaches exits to the model that a LightningModule holds, and trains them through that model's own ``loss``.
+    """Attaches exits to the model that a LightningModule holds, and trains them through the loss of ``training_step``.
 
-    Within ``training_step`` the model's output has the objective of deep supervision as its ``loss``; everywhere else
-    outputs are untouched. The exits are a submodule of the model, so that ``configure_optimizers`` sees them. In a
-    checkpoint they lie in this callback's state, and ``state_dict`` is that of the project without exits.
+    Within it the model's output has the objective of deep supervision as its ``loss``; everywhere else outputs are
+    untouched. A model that gives no loss, open_clip's CoCa, stays untouched there too: to what the step returns (the
+    project's ``CoCaLoss``) the exits' losses are added, for which the model runs a second time. The project's loss has
+    weight 1 and is full depth's; the exits have the weights of ``weighting`` in relation to the last layer.
+
+    The exits are a submodule of the model, so that ``configure_optimizers`` sees them. In a checkpoint they lie in this
+    callback's state, and ``state_dict`` is that of the project without exits.
 
     Gates begin from nothing and want a higher learning rate than a pretrained backbone: give the optimizer
     ``self.net.mue_exits.gates.parameters()`` as a group of its own (3e-3 under Adam), or they stay weak.
@@ -46,6 +51,8 @@ class MultiExitSupervision(L.Callback):
         gate_weight: weight of the gates' loss; their inputs are detached, so they cost the backbone nothing.
         gate_balance: as in MultiExitModule, like the four that follow.
         own_path: share of steps in which the decoder's gates learn along the model's own output.
+        caption: weight of the decoder's cross-entropy; beside open_clip's ``CoCaLoss`` its ``caption_loss_weight``.
+        contrast: weight of the contrastive loss; there its ``clip_loss_weight``. Exits of ``text`` need it.
         distill: weight of the KL divergence from the last exit's distribution to each earlier decoder exit's.
         distill_temperature: of both distributions.
         propagate: share of steps in which target positions leave the decoder at random exits (CALM).
@@ -62,6 +69,8 @@ class MultiExitSupervision(L.Callback):
         gate_weight: float = 1.0,
         gate_balance: bool = True,
         own_path: float = 0.0,
+        caption: float = 1.0,
+        contrast: float = 0.0,
         distill: float = 0.0,
         distill_temperature: float = 1.0,
         propagate: float = 0.0,
@@ -75,6 +84,8 @@ class MultiExitSupervision(L.Callback):
             gate_weight=gate_weight,
             gate_balance=gate_balance,
             own_path=own_path,
+            caption=caption,
+            contrast=contrast,
             distill=distill,
             distill_temperature=distill_temperature,
             propagate=propagate,
@@ -82,7 +93,8 @@ class MultiExitSupervision(L.Callback):
         )
         self._first_labels: FirstLabels | None = None
         self._forget_absence: Callable[[], None] | None = None
-        self._restore_forward: Callable[[], None] | None = None
+        self._restore_step: Callable[[], None] | None = None
+        self._backbone: Backbone | None = None
         self._supervised = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -95,7 +107,9 @@ class MultiExitSupervision(L.Callback):
                 torch.default_generator.manual_seed(self.supervision.seed)
                 exits = attach_exits(model, self.exits)
         check_same(self.exits, exits, f"MultiExitSupervision({self.model!r})")
-        if exits.encoder != "joint":
+        backbone = view(model)
+        check_contrast(self.supervision, backbone, exits)
+        if exits.encoder != "joint" and "image" in num_layers(backbone):
             rank_zero_warn(
                 "Exits of `image` or `text` decompose the encoder: training and our engine use that function, the "
                 "project's own forward outside of `training_step` (its validation loss, its `generate`) the joint one."
@@ -114,22 +128,27 @@ class MultiExitSupervision(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the shortlist of the training labels, if the exits have one."""
-        vocab_size = view(held_model(pl_module, self.model)).decoder.vocab_size
+        self._backbone = view(held_model(pl_module, self.model))
+        vocab_size = self._backbone.decoder.vocab_size
         datamodule = getattr(trainer, "datamodule", None)
         self._first_labels = begin_shortlist(self._exits(pl_module), vocab_size, datamodule, trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let the model's loss be the objective in this step."""
-        model = held_model(pl_module, self.model)
+        """Let the loss be the objective in this step: in the model's place, or beside the project's own."""
+        model, alone = held_model(pl_module, self.model), computes_loss(held_model(pl_module, self.model))
         self._restore()
-        self._restore_forward = replace_loss(model, lambda given: self._loss(trainer, pl_module, model, given))
+
+        def loss(given: Mapping[str, Any]) -> Tensor:
+            return self._loss(trainer, pl_module, model, given, beside=not alone)
+
+        self._restore_step = replace_loss(model, loss) if alone else add_loss(pl_module, model, loss)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Give the model its own loss back."""
+        """Give back what was replaced."""
         self._restore()
         if not self._supervised:
             raise ValueError(
@@ -174,21 +193,25 @@ class MultiExitSupervision(L.Callback):
         """Name this instance's state by the model it trains: a trainer may have one for each of several models."""
         return self._generate_state_key(model=self.model)
 
-    def _loss(self, trainer: L.Trainer, pl_module: L.LightningModule, model: Any, given: Mapping[str, Any]) -> Tensor:
-        backbone, exits = view(model), self._exits(pl_module)
-        _check_call(model, backbone.generate_inputs, given)
-        inputs = {name: given[name] for name in backbone.generate_inputs if given.get(name) is not None}
+    def _loss(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, model: Any, given: Mapping[str, Any], beside: bool
+    ) -> Tensor:
+        backbone, exits = self._backbone, self._exits(pl_module)
+        assert backbone is not None
+        inputs, labels_BT = read_call(model, backbone, given)
         if self._first_labels is not None:
-            self._first_labels.see(given["labels"])
+            self._first_labels.see(labels_BT)
         step = sample_step(
             self.supervision, exits_on_the_way(backbone, exits), trainer.global_step, self._progress(trainer)
         )
-        losses = objective(backbone, exits, inputs, given["labels"], step, self.supervision)
+        losses = objective(backbone, exits, inputs, labels_BT, step, self.supervision, beside)
         pl_module.log("train/gates", losses.gates)
         if losses.by_exit:
             pl_module.log("train/loss_full_depth", losses.by_exit[backbone.decoder.num_layers])
         if self.supervision.distill:
             pl_module.log("train/distill", losses.distill)
+        for k, loss in losses.contrast.items():
+            pl_module.log(f"train/contrast_{k}", loss)
         self._supervised = True
         return losses.total
 
@@ -216,12 +239,13 @@ class MultiExitSupervision(L.Callback):
         return [key for key in state_dict if key.startswith(tuple(f"{name}." for name in names))]
 
     def _restore(self) -> None:
-        if self._restore_forward is not None:
-            self._restore_forward()
-            self._restore_forward = None
+        if self._restore_step is not None:
+            self._restore_step()
+            self._restore_step = None
 
     def _release(self) -> None:
         self._restore()
+        self._backbone = None
         if self._forget_absence is not None:
             self._forget_absence()
             self._forget_absence = None
@@ -255,30 +279,6 @@ def _check_trainer(trainer: L.Trainer) -> None:
         raise ValueError(
             "MultiExitSupervision needs whole weights in every process (one device, or DDP), got "
             f"{type(trainer.strategy).__name__}."
-        )
-
-
-def _check_call(model: Any, wanted: tuple[str, ...], given: Mapping[str, Any]) -> None:
-    """Look whether deep supervision can do what the model was called for.
-
-    Raises:
-        ValueError: labels or an input are missing, or an argument would be passed over.
-    """
-    present = [name for name, value in given.items() if value is not None]
-    if "labels" not in present:
-        raise ValueError(f"Deep supervision needs `labels`; the model was called with {present}.")
-    if missing := missing_inputs(wanted, present):
-        raise ValueError(f"Deep supervision needs {missing}; the model was called with {present}.")
-    known = inspect.signature(model.forward).parameters.keys() - {*wanted, "labels"}
-    if passed_over := [name for name in present if name in known and not isinstance(given[name], (bool, int))]:
-        raise ValueError(
-            f"Deep supervision makes the decoder's inputs of `labels` and would pass over {passed_over}; leave it out. "
-            "What the decoder reads before the answer is its `decoder_prompt`."
-        )
-    if "decoder_prompt" in present:
-        rank_zero_warn(
-            "`decoder_prompt`: training and our engine give it to the decoder, the model's own forward outside of "
-            "`training_step` passes it over."
         )
 
 

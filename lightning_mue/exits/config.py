@@ -20,7 +20,7 @@ class ExitConfig:
         encoder: exit layers of the encoder.
         image: exit layers of the encoder's image tokens. Naming ``image`` or ``text`` decomposes the encoder: each
             modality goes through its layers alone (MuE). That changes the function, in training and inference alike.
-        text: exit layers of the encoder's text tokens.
+        text: exit layers of the encoder's text tokens; of CoCa those of its texts, which decompose nothing.
         text_reads_image: with a decomposed encoder, text reads the states with which the image left.
         decoder: exit layers of the decoder.
         adapter: map before the shared norm and head at each exit, zero at the start and off the trunk:

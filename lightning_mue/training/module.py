@@ -96,7 +96,8 @@ class MultiExitModule(L.LightningModule):
         self.save_hyperparameters(ignore=["backbone", "exits", "init_from"])
         # Plain values only: checkpoints are read with weights_only=True.
         self.save_hyperparameters({"backbone": backbone_config(self.model), "exits": config.to_dict()})
-        self.supervision = Supervision(**{f.name: self.hparams[f.name] for f in fields(Supervision)})
+        named = [f.name for f in fields(Supervision) if f.name in self.hparams]
+        self.supervision = Supervision(**{name: self.hparams[name] for name in named})
         attach_exits(self.model, config)
         let_learn(self.model, learns)
         self.backbone = view(self.model)

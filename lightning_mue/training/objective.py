@@ -49,7 +49,13 @@ class Objective:
 
 
 def objective(
-    backbone: Backbone, exits: Exits, inputs: Inputs, labels_BT: Tensor, step: Step, how: Supervision
+    backbone: Backbone,
+    exits: Exits,
+    inputs: Inputs,
+    labels_BT: Tensor,
+    step: Step,
+    how: Supervision,
+    beside: bool = False,
 ) -> Objective:
     """Return the losses of a step.
 
@@ -63,24 +69,26 @@ def objective(
         labels_BT: target tokens, -100 where none counts.
         step: what was drawn.
         how: the settings.
+        beside: the total is added to the full-depth losses of somebody else, and does not hold them: the exits' weights
+            are those of ``weighting`` in relation to the last layer's. (Where streams are left early the last layer
+            reads other states, and its loss is held.)
     """
     gates = distill = zero = torch.zeros((), device=labels_BT.device)
     found, by_exit, compared = None, dict[int, Tensor](), dict[int, Tensor]()
     if step.token_seed is not None:
-        deep = propagated_loss(backbone, exits, inputs, labels_BT, step, how)
+        deep = how.caption * propagated_loss(backbone, exits, inputs, labels_BT, step, how)
     else:
         temperature = how.distill_temperature if how.distill else None
         found = supervise(backbone, exits, inputs, labels_BT, step.depths, None, temperature)
         by_exit = {k: result.loss for k, result in found.results.items()}
-        weights = zip(exit_weights(how.weighting, tuple(by_exit)), by_exit.values(), strict=True)
-        deep = sum((weight * loss for weight, loss in weights), zero)
+        left_out = beside and not step.depths
+        deep = how.caption * _weighted(by_exit, how, beside, left_out) + zero
         apart = [result.divergence for result in found.results.values() if result.divergence is not None]
         distill = torch.stack(apart).mean() if apart else distill
         if how.contrast and backbone.contrastive is not None:
             left = found.left[backbone.contrastive.image.name]
             compared = contrast(backbone.contrastive, exits, left, labels_BT, backbone.decode_settings(None).start_id)
-            weights = zip(exit_weights(how.weighting, tuple(compared)), compared.values(), strict=True)
-            deep = deep + how.contrast * sum((weight * loss for weight, loss in weights), zero)
+            deep = deep + how.contrast * _weighted(compared, how, beside, left_out)
     if exits.config.gate and how.gate_weight:
         gates = gates + _decoder_gates(backbone, exits, inputs, found, step, how)
         gates = gates + stream_gates(backbone, exits, inputs, labels_BT, step.depths, how.gate_balance)
@@ -89,6 +97,14 @@ def objective(
     idle = sum(p.sum() for p in module.parameters() if p.requires_grad) * 0.0
     total = deep + how.distill * distill + how.gate_weight * gates + idle
     return Objective(total, gates.detach(), distill.detach(), by_exit, compared)
+
+
+def _weighted(losses: dict[int, Tensor], how: Supervision, beside: bool, left_out: bool) -> Tensor | float:
+    """Return the weighted sum over layers; ``beside``: in units of the last one's weight, which may be left out."""
+    weights = exit_weights(how.weighting, tuple(losses))
+    unit, last = (weights[-1] if beside else 1.0), max(losses)
+    each = zip(weights, losses.items(), strict=True)
+    return sum(weight / unit * loss for weight, (k, loss) in each if not (left_out and k == last))
 
 
 def propagated_loss(

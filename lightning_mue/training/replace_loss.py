@@ -24,7 +24,7 @@ def replace_loss(model: Any, loss_of: Callable[[Mapping[str, Any]], Tensor]) -> 
     Returns:
         What puts the model's own forward back.
     """
-    plain, before = model.forward, vars(model).get("forward")
+    plain = model.forward
     names = list(inspect.signature(plain).parameters)
 
     @functools.wraps(plain)
@@ -34,13 +34,20 @@ def replace_loss(model: Any, loss_of: Callable[[Mapping[str, Any]], Tensor]) -> 
         given = dict(zip(names, args, strict=False)) | kwargs
         return TrainingOutput(loss_of(given), lambda: plain(*args, **kwargs))
 
-    def restore() -> None:
-        if before is None:
-            del model.forward
-        else:
-            model.forward = before
+    return replace_attribute(model, "forward", forward)
 
-    model.forward = forward
+
+def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute on an instance; return what puts back what it had, its class's if nothing."""
+    own, before = name in vars(owner), vars(owner).get(name)
+
+    def restore() -> None:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+    setattr(owner, name, value)
     return restore
 
 

@@ -23,8 +23,9 @@ class Supervision:
         distill: weight of the KL divergence from the last exit's distribution (no gradient) to each earlier decoder
             exit's, mean over exits.
         distill_temperature: of both distributions.
-        contrast: weight of the contrastive loss beside captioning's 1, for backbones that compare pictures with texts
-            (CoCa's own is 1 : 2, so 0.5); in every step but those of ``propagate``.
+        caption: weight of the decoder's cross-entropy.
+        contrast: weight of the contrastive loss, for backbones that compare pictures with texts (CoCa's own is half of
+            captioning's); in every step but those of ``propagate``.
         propagate: share of steps in which every target position leaves the decoder at a random exit and deeper layers
             project their K/V from the state it left with, as under K/V fill ``propagate`` (CALM); such a step replaces
             deep supervision and distillation, in expectation with the same ``weighting``.
@@ -39,6 +40,7 @@ class Supervision:
     own_path: float = 0.0
     distill: float = 0.0
     distill_temperature: float = 1.0
+    caption: float = 1.0
     contrast: float = 0.0
     propagate: float = 0.0
     seed: int = 0
@@ -48,7 +50,7 @@ class Supervision:
         for name in ("early_probability", "early_after", "own_path", "propagate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be a share in [0, 1], got {getattr(self, name)}")
-        for name in ("gate_weight", "distill", "contrast"):
+        for name in ("gate_weight", "distill", "caption", "contrast"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be a weight of 0 or more, got {getattr(self, name)}")
         if not self.distill_temperature > 0:

@@ -1,0 +1,66 @@
+"""What a model was called with in a training step, as deep supervision reads it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_mue.backbones import Backbone
+from lightning_mue.backbones.contrastive import labels_of
+from lightning_mue.callbacks.batches import missing_inputs
+
+
+def computes_loss(model: Any) -> bool:
+    """Whether a model has a ``loss`` of its own, as transformers' have; open_clip's CoCa leaves that to its project."""
+    return "labels" in inspect.signature(model.forward).parameters
+
+
+def read_call(model: Any, backbone: Backbone, given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Return the backbone's inputs and the labels of a call, under our own names.
+
+    Args:
+        model: what was called.
+        backbone: its streams.
+        given: arguments by name: a model's with a loss of its own, or ``image`` and ``text`` of open_clip's CoCa.
+
+    Raises:
+        ValueError: labels or an input are missing, or an argument would be passed over.
+    """
+    if not computes_loss(model):
+        given = _pairs(backbone, given)
+    _check(model, backbone.generate_inputs, given)
+    inputs = {name: given[name] for name in backbone.generate_inputs if given.get(name) is not None}
+    return inputs, given["labels"]
+
+
+def _pairs(backbone: Backbone, given: Mapping[str, Any]) -> dict[str, Any]:
+    present = [name for name, value in given.items() if value is not None]
+    if missing := [name for name in ("image", "text") if name not in present]:
+        raise ValueError(f"Deep supervision needs {missing}; the model was called with {present}.")
+    assert backbone.contrastive is not None
+    labels_BT = labels_of(given["text"], backbone.decode_settings(None).start_id, backbone.contrastive)
+    others = {name: value for name, value in given.items() if name not in ("image", "text")}
+    return others | {"pixel_values": given["image"], "labels": labels_BT}
+
+
+def _check(model: Any, wanted: tuple[str, ...], given: Mapping[str, Any]) -> None:
+    present = [name for name, value in given.items() if value is not None]
+    if "labels" not in present:
+        raise ValueError(f"Deep supervision needs `labels`; the model was called with {present}.")
+    if missing := missing_inputs(wanted, present):
+        raise ValueError(f"Deep supervision needs {missing}; the model was called with {present}.")
+    known = inspect.signature(model.forward).parameters.keys() - {*wanted, "labels"}
+    if passed_over := [name for name in present if name in known and not isinstance(given[name], (bool, int))]:
+        raise ValueError(
+            f"Deep supervision makes the decoder's inputs of `labels` and would pass over {passed_over}; leave it out. "
+            "What the decoder reads before the answer is its `decoder_prompt`."
+        )
+    if "decoder_prompt" in present:
+        rank_zero_warn(
+            "`decoder_prompt`: training and our engine give it to the decoder, the model's own forward outside of "
+            "`training_step` passes it over."
+        )
