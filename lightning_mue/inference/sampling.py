@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 
 import numpy as np
 
@@ -137,7 +138,8 @@ def sampling_settings(
     Raises:
         ValueError: settings of sampling without it, or beams with it.
     """
-    asked = Sampling(temperature, top_k, top_p, seed)
+    seeds = [index(one) for one in seed] if isinstance(seed, Iterable) else index(seed)  # numpy's integers too
+    asked = Sampling(temperature, top_k, top_p, seeds)
     if not do_sample:
         if asked != Sampling():
             raise ValueError("`temperature`, `top_k`, `top_p` and `seed` are of sampling: ask for `do_sample=True`.")

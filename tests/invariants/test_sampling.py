@@ -58,7 +58,7 @@ def test_full_depth_is_a_loop_over_the_backbones_own_forward(name, temperature):
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("filtered", [{}, {"top_k": 9, "top_p": 0.8}])
 def test_rows_with_seeds_of_their_own_are_drawn_as_alone(name, filtered):
-    model, tensors, seeds = zoo.shared(name), zoo.inputs(name, 3), [5, SEED, 5]
+    model, tensors, seeds = zoo.shared(name), zoo.inputs(name, 3), np.array([5, SEED, 5])
     engine = engine_of(model, mixed(model, name, tensors, "confidence"))
     how = {"do_sample": True, "temperature": 0.9, **filtered}
     out = engine.generate(STEPS, seed=seeds, **how, **tensors)
