@@ -113,7 +113,9 @@ def _generate(args: Sequence[str]) -> None:
     parser = _parser("generate")
     parser.add_argument("bundle", help="folder made by `mue freeze`")
     parser.add_argument("--image", required=True, action="append", help="picture; may be given several times")
-    parser.add_argument("--prompt", default="what does the picture show ?", help="question or instruction")
+    parser.add_argument(
+        "--prompt", help="question or instruction (default: what does the picture show ?), where a model reads one"
+    )
     parser.add_argument(
         "--decoder_prompt", help="text that the decoder reads before it answers, where a model asks for one"
     )
@@ -131,8 +133,9 @@ def _generate(args: Sequence[str]) -> None:
     how = {name: getattr(found, name) for name in ("temperature", "top_k", "top_p", "seed")}
     engine, pictures = load(found.bundle, runtime=found.runtime), _pictures(found.image)
     given = (None if text is None else [text] * len(pictures) for text in (found.decoder_prompt, found.group))
+    prompt = found.prompt or ("what does the picture show ?" if engine.reads_prompts else "")
     for answer in engine.answer(
-        pictures, [found.prompt] * len(pictures), found.max_new_tokens, *given, do_sample=found.sample, **how
+        pictures, [prompt] * len(pictures), found.max_new_tokens, *given, do_sample=found.sample, **how
     ):
         print(answer)
 

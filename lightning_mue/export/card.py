@@ -9,7 +9,14 @@ from lightning_mue.certificate import VERIFIED
 from lightning_mue.policy import ExitPolicy
 
 
-def model_card(policy: ExitPolicy, name: str, table: str | None, has_processor: bool, is_graphs: bool = False) -> str:
+def model_card(
+    policy: ExitPolicy,
+    name: str,
+    table: str | None,
+    has_processor: bool,
+    is_graphs: bool = False,
+    reads_prompts: bool = True,
+) -> str:
     """Return the card as Markdown: the promise, the policy, the comparison, how to use it, what it rests on.
 
     Args:
@@ -18,14 +25,16 @@ def model_card(policy: ExitPolicy, name: str, table: str | None, has_processor: 
         table: the comparison as Markdown, or None.
         has_processor: whether the bundle takes pictures and text, or tensors.
         is_graphs: whether it holds graphs, and needs no torch.
+        reads_prompts: whether the model does, beside the picture.
     """
+    prompt = "your prompt" if reads_prompts else ""
     parts = [
         "---\nlibrary_name: lightning_mue\npipeline_tag: image-text-to-text\ntags:\n- early-exit\n---\n",
         f"# {name}\n",
         f"{_promise(policy)}\n",
         f"## Policy\n\n{_rules(policy)}\n",
         f"## Comparison\n\n{table.strip()}\n" if table else "",
-        f"## Use\n\n```python\n{_usage(name, has_processor, policy.groups)}\n```\n",
+        f"## Use\n\n```python\n{_usage(name, has_processor, policy.groups, prompt)}\n```\n",
         f"It loads without {'torch' if is_graphs else 'Lightning'}: "
         f"{'ONNX, ' if is_graphs else ''}safetensors and JSON, never pickle. "
         "Files that are damaged or of another bundle are refused by name.\n",
@@ -54,13 +63,13 @@ def _rules(policy: ExitPolicy) -> str:
     return "\n".join(lines)
 
 
-def _usage(name: str, has_processor: bool, groups: tuple[str, ...] | None) -> str:
+def _usage(name: str, has_processor: bool, groups: tuple[str, ...] | None, prompt: str) -> str:
     group = f", groups=[{groups[0]!r}]" if groups else ""
     if has_processor:
         return (
             "import lightning_mue as mue\nfrom PIL import Image\n\n"
             f'engine = mue.load("{name}")\n'
-            f'print(engine.answer([Image.open("picture.jpg")], ["your prompt"]{group}))'
+            f'print(engine.answer([Image.open("picture.jpg")], ["{prompt}"]{group}))'
         )
     return (
         f'import lightning_mue as mue\n\nengine = mue.load("{name}")\n'

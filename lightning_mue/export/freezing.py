@@ -73,7 +73,8 @@ def freeze(
         check_installed()
     target = Path(folder).resolve()  # a link keeps pointing to what is replaced
     _check_target(target)
-    check_policy(policy, view(model), attached(model))
+    backbone = view(model)
+    check_policy(policy, backbone, attached(model))
     found = fingerprint(model)
     if policy.fingerprint not in (None, found):
         raise ValueError(
@@ -85,7 +86,8 @@ def freeze(
         policy.save(aside / POLICY)
         if processor is not None:
             processor.save(aside / PROCESSOR)
-        card = model_card(policy, target.name, table, processor is not None, runtime is not None)
+        facts = (processor is not None, runtime is not None, "input_ids" in backbone.generate_inputs)
+        card = model_card(policy, target.name, table, *facts)
         (aside / "README.md").write_text(card, "utf-8")
         if runtime is None:
             save_files(model, aside, found)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_mue.inference.answers import calibrated_answers
 from lightning_mue.inference.output import ExitOutput
-from lightning_mue.inference.request import check_texts
+from lightning_mue.inference.request import check_prompts, check_texts
 from lightning_mue.policy import ExitPolicy
 
 
@@ -26,6 +26,11 @@ class Answering(ABC):
     @abstractmethod
     def generate(self, max_new_tokens: int | None = None, *args: Any, **inputs: Any) -> ExitOutput:
         """Answer a batch."""
+
+    @property
+    @abstractmethod
+    def reads_prompts(self) -> bool:
+        """Whether the model reads a prompt beside the picture."""
 
     @abstractmethod
     def end_id(self) -> int:
@@ -48,18 +53,20 @@ class Answering(ABC):
 
         Args:
             images: PIL pictures.
-            prompts: as many texts.
+            prompts: as many texts; empty ones for a model that reads none (CoCa).
             max_new_tokens: at most; if not given, as certified, else as the generation config says.
             decoder_prompts: as many texts that the decoder reads before it answers.
             groups: as many names, as in ``generate``.
             **how: more settings of ``generate``, such as ``do_sample`` or ``num_beams``.
 
         Raises:
-            ValueError: the engine has no processor, or the numbers of pictures and of prompts of either kind differ.
+            ValueError: the engine has no processor, the numbers of pictures and of prompts of either kind differ, or
+                the model would pass over a prompt.
         """
         if self.processor is None:
             raise ValueError("`answer` needs a processor and this engine has none; pass one, or use `generate`.")
         check_texts(images, prompts=prompts, decoder_prompts=decoder_prompts)
+        check_prompts(prompts, self.reads_prompts)
         inputs: dict[str, Any] = self.processor(images, prompts)
         if decoder_prompts is not None:
             inputs["decoder_prompt"] = self.processor.decoder_prompts(decoder_prompts)

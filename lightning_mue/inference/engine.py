@@ -127,6 +127,11 @@ class ExitEngine(Answering):
                 parts.append((mine, out))
         return joined(parts, size, self.backbone.decode_settings(None).pad_id)
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the model reads a prompt beside the picture."""
+        return "input_ids" in self.backbone.generate_inputs
+
     def end_id(self) -> int:
         """Return the token that ends an answer."""
         return self.backbone.decode_settings(None).end_ids[0]

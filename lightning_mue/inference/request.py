@@ -47,6 +47,19 @@ def check_texts(images: Sequence[Any], **texts: Sequence[str] | None) -> None:
             raise ValueError(f"`{name}` must be a list with one text for each of {len(images)} images, got {found}")
 
 
+def check_prompts(prompts: Sequence[str], are_read: bool) -> None:
+    """Refuse prompts that a model would pass over.
+
+    Raises:
+        ValueError: the first of them.
+    """
+    if not are_read and (asked := [prompt for prompt in prompts if prompt]):
+        raise ValueError(
+            f"This model reads pictures alone and would answer the same to any prompt; give empty ones, got "
+            f"{asked[0]!r}. A text that the answer goes on from is a decoder prompt."
+        )
+
+
 def by_group(
     policy: ExitPolicy, groups: Sequence[str] | None, inputs: Mapping[str, Any], names: Sequence[str]
 ) -> tuple[int, list[int], list[int]]:

@@ -112,6 +112,11 @@ class PortableEngine(Answering):
                 parts.append((mine, self._run(policy, allowed, of_mine, *how, drawn and drawn.of_rows(mine))))
         return joined(parts, size, self.files.facts["decode"]["pad_id"])
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the model reads a prompt beside the picture."""
+        return bool(self.files.facts["inputs"]["image_tokens"])
+
     def end_id(self) -> int:
         """Return the token that ends an answer."""
         end_id: int = self.files.facts["decode"]["end_ids"][0]

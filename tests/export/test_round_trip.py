@@ -115,6 +115,12 @@ def test_answer_needs_a_processor_and_as_many_prompts(bundle_once, talking_model
         engine.answer([Image.new("RGB", (8, 8))], ["a"], decoder_prompts=["a", "b"])
 
 
+def test_a_prompt_that_would_be_passed_over_is_refused(make_processor):
+    engine = ExitEngine(zoo.make("coca"), ExitPolicy.full_depth(), processor=make_processor())
+    with pytest.raises(ValueError, match=r"reads pictures alone .* got 'what is this\?'"):
+        engine.answer([Image.new("RGB", (8, 8))] * 2, ["", "what is this?"])
+
+
 def test_the_card_says_promise_policy_and_use(tmp_path):
     promised = certificate()
     policy = ExitPolicy(mixed_policy("florence2").rules, certificate=promised)
