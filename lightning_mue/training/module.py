@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -22,6 +22,7 @@ from lightning_mue.inference.rows import groups_of
 from lightning_mue.metrics.answers import AnswerScore
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.signals import similarity
+from lightning_mue.training.attention import Attention, attention
 from lightning_mue.training.depths import sample_step
 from lightning_mue.training.gates import decoder_gate_logits
 from lightning_mue.training.losses import Weighting
@@ -62,8 +63,8 @@ class MultiExitModule(L.LightningModule):
         init_from: checkpoint whose weights training begins with, wherever name and shape are the same (another task,
             other exits); the optimizer begins anew.
         learns: ``all``; ``exits`` alone, for a backbone that must stay as it is; or their ``gates`` alone.
-        attention: how training computes attention: ``eager`` (fastest under bf16 on CPUs) or ``sdpa``; evaluation
-            always uses ``sdpa``.
+        attention: how training computes attention: ``eager``, written out (fastest under bf16 on CPUs), or ``sdpa``;
+            evaluation always uses ``sdpa``.
         seed: of all that is drawn for a step.
     """
 
@@ -87,7 +88,7 @@ class MultiExitModule(L.LightningModule):
         propagate: float = 0.0,
         init_from: str | None = None,
         learns: Learners = "all",
-        attention: Literal["eager", "sdpa"] = "sdpa",
+        attention: Attention = "sdpa",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -134,7 +135,8 @@ class MultiExitModule(L.LightningModule):
         progress = self.trainer.global_step / max(1, self._total_steps)
         layers = exits_on_the_way(self.backbone, self.exits)
         step = sample_step(self.supervision, layers, self.trainer.global_step, progress)
-        losses: Objective = objective(self.backbone, self.exits, batch, batch["labels"], step, self.supervision)
+        with attention(self.hparams["attention"]):
+            losses: Objective = objective(self.backbone, self.exits, batch, batch["labels"], step, self.supervision)
         self.log("train/loss", losses.total)
         self.log("train/gates", losses.gates)
         if losses.by_exit:
@@ -197,8 +199,7 @@ class MultiExitModule(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Decode under ``self.policy``; one mapping per sample with ``sample_id``, ``prompt`` and ``answer``."""
-        output = self._generate(batch)
-        texts = self._processor.decode(output.sequences[:, 1:])
+        texts = self._processor.decode(self._generate(batch).sequences[:, 1:])
         return [
             {"sample_id": i, "prompt": p, "answer": t}
             for i, p, t in zip(batch["sample_id"], batch["prompt"], texts, strict=True)
