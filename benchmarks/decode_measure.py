@@ -52,7 +52,7 @@ def measure(
             answers[name] = [run()]
             check(case, name, lines[name], answers[name][0], answers[BASELINE][0])
             on_done()
-        for name in _turns(list(runs), repeats, case.seed):
+        for name in turns(list(runs), repeats, case.seed):
             begin = case.clock()
             answer = runs[name]()
             seconds[name].append(case.clock() - begin)
@@ -61,7 +61,7 @@ def measure(
     return {name: _measured(answers[name], seconds[name], lines[name].full) for name in runs}
 
 
-def _turns(names: list[str], repeats: int, seed: int) -> Iterator[str]:
+def turns(names: list[str], repeats: int, seed: int) -> Iterator[str]:
     """Yield all names once a round, in a new order each, and the garbage of the last one collected."""
     rng = np.random.default_rng(seed)
     gc.freeze()  # what was there before is nobody's garbage, and looking through it takes longest

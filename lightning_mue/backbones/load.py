@@ -64,7 +64,10 @@ def _open_clip(name: str) -> nn.Module:
 
     name, _, tag = name.partition(":")
     coca = open_clip.create_model(name, pretrained=tag or None, load_weights=bool(tag))
-    return _shell().wrap(coca).train()
+    model: Any = _shell().wrap(coca)
+    if not tag:
+        coca.apply(model._init_weights)
+    return model.train()
 
 
 def _shell() -> Any:

@@ -104,6 +104,7 @@ def measure(
     repeats: int,
     baseline: str,
     done: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
     """Time all variants in turn, as `compare` does, keeping every time it took.
 
@@ -113,6 +114,7 @@ def measure(
         repeats: of all samples.
         baseline: what the timings' ratios refer to.
         done: called after every sample.
+        clock: seconds.
     """
     order: list[str] = []
     instants: list[float] = []
@@ -124,8 +126,8 @@ def measure(
 
         return run
 
-    def clock() -> float:
-        instants.append(time.perf_counter())
+    def noting_clock() -> float:
+        instants.append(clock())
         return instants[-1]
 
     def told(_turn: int, _turns: int) -> None:
@@ -134,7 +136,7 @@ def measure(
     for variant in variants.values():
         variant(samples[0])
     noting = {name: noted(name, variant) for name, variant in variants.items()}
-    timings = compare(noting, samples, repeats, 0, told, baseline, clock)
+    timings = compare(noting, samples, repeats, 0, told, baseline, noting_clock)
     begin, end = np.array(instants).reshape(-1, 2).T
     shape = (repeats, len(samples))
     ms = {name: ((end - begin)[np.array(order) == name] * 1e3).reshape(shape) for name in variants}

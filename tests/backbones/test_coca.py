@@ -1,8 +1,10 @@
 """open_clip's CoCa as a transformers model: nothing uninitialised, folders, models of others, and what has no view."""
 
+import json
 import subprocess
 import sys
 
+import open_clip
 import pytest
 import torch
 from open_clip.coca_model import CoCa
@@ -152,6 +154,13 @@ def test_open_clips_own_sizes_are_built_by_name():
     rules = {"vision": ExitRule.static(4), "decoder": ExitRule.static(16)}
     out = ExitEngine(model, ExitPolicy(rules)).generate(2, pixel_values=torch.randn(1, 3, 224, 224))
     assert (out.exit_depths["vision"].tolist(), out.exit_depths["decoder"].tolist()) == ([4], [[16, 16]])
+
+
+def test_random_weights_by_name_leave_nothing_as_it_was_in_memory(tmp_path):
+    (tmp_path / "coca_by_name.json").write_text(json.dumps(CONFIG | {"custom_text": True}))
+    open_clip.add_model_config(tmp_path / "coca_by_name.json")
+    projection = build_backbone("open_clip:coca_by_name").coca.text_decoder.text_projection
+    assert projection.std().item() == pytest.approx(32**-0.5, rel=0.1)
 
 
 def test_a_folder_is_read_in_a_process_that_knows_no_coca_yet(tmp_path):
