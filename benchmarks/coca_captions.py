@@ -28,10 +28,9 @@ from torch import Tensor
 from lightning_mue.answers import Answers
 from lightning_mue.backbones import view
 from lightning_mue.benchmark.exam import Exam
-from lightning_mue.benchmark.lines import Line, Times, measure, plain_line
+from lightning_mue.benchmark.lines import Line, Times, engine_line, measure, plain_line
 from lightning_mue.benchmark.ours import OurLines
-from lightning_mue.benchmark.policies import CALIBRATED, FIRST
-from lightning_mue.benchmark.tuning import Tuned
+from lightning_mue.benchmark.policies import CALIBRATED, FIRST, first_exits, static_depths
 from lightning_mue.files import write_text
 from lightning_mue.policy import ExitPolicy, find_policy
 
@@ -133,7 +132,9 @@ def captions(
     picked = {size: exam.picked(samples, size) for size in sizes}
     ours = OurLines(exam, policy, runtime)
     lines: dict[str, Line] = {UNCACHED: uncached_line(exam)}
-    lines |= {name: line for name, line in ours.lines(Tuned()).items() if line.full == ours.full}
+    early = {**static_depths(exam.model), FIRST: first_exits(exam.model), CALIBRATED: policy}
+    for name, one in {ours.full: ExitPolicy.full_depth(), **early}.items():
+        lines[name] = engine_line(exam, ours.place(one), ours.full)
     with Progress() as bars:
         bar = bars.add_task("quality", total=len(exam) * len(lines))
         answers = {name: line.decode(lambda size: bars.advance(bar, size)) for name, line in lines.items()}

@@ -1,21 +1,40 @@
 """The benchmarks of CoCa: the loop without a cache, and what the tables divide and check."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import coca_cost
 import numpy as np
 import pytest
 import torch
-from coca_captions import CALIBRATED, FIRST, UNCACHED, Captions
+from coca_captions import CALIBRATED, FIRST, UNCACHED, Captions, captions
 from coca_case import make_case, random_model, share_right
 from coca_uncached import uncached_captions
 
 from lightning_mue.backbones import view
+from lightning_mue.benchmark.exam import Exam
 from lightning_mue.benchmark.lines import Times
+from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.compare import Timing
+from lightning_mue.metrics import scorer
+from lightning_mue.policy import ExitPolicy, ExitRule
 from tests import zoo
+from tests.test_side_by_side import text
 
 PLAIN = zoo.tiny_coca().config.to_diff_dict() | {"model_type": "open_clip_coca"}
+
+
+class Said:
+    """Made-up data whose references are given."""
+
+    processor = SimpleNamespace(decode=lambda sequences: [text(row) for row in sequences])
+
+    def __init__(self, references):
+        names = [str(i) for i in range(len(references))]
+        self.names = {"sample_id": names, "cluster": names, "references": [[said] for said in references]}
+
+    def answer_constraint(self, end_id):
+        return None
 
 
 @pytest.fixture
@@ -58,6 +77,27 @@ def test_a_line_that_says_something_else_is_refused(case):
         coca_cost.check(case, "torch fp32 ragged", "ragged", replace(answer, tokens=tokens))
     with pytest.raises(ValueError, match="must leave at the depths of 'full', left at others"):
         coca_cost.check(case, "torch fp32 ragged", "full", answer)
+
+
+def test_captions_are_those_of_the_policy_and_of_plain_generate():
+    model, policy = zoo.shared("coca"), ExitPolicy({"vision": ExitRule.static(2), "decoder": ExitRule.static(4)})
+    batch = zoo.inputs("coca", 4)
+    plain = [text(row) for row in view(model).generate(batch)[:, 1:]]
+    early = [text(row) for row in ExitEngine(model, policy).generate(**batch).sequences[:, 1:]]
+    data = Said(plain)
+    exam = Exam(model, data, [batch | data.names], scorer("exact_match", None))
+    found = captions(exam, policy, None, (1, 2), samples=2, repeats=1)
+    assert found.answers[UNCACHED].texts == found.answers[found.full].texts == plain
+    assert found.answers[CALIBRATED].texts == early
+    assert found.kept == pytest.approx(np.mean([a == b for a, b in zip(early, plain, strict=True)]))
+    assert list(found.times[2]) == [
+        UNCACHED,
+        found.full,
+        *(f"static decoder depth {k}" for k in (3, 4, 5)),
+        FIRST,
+        CALIBRATED,
+    ]
+    assert {name: times.ms.shape for name, times in found.times[1].items()} == dict.fromkeys(found.times[1], (1, 2))
 
 
 def test_captions_divide_totals_of_a_round():
