@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = Path(args.out) / f"coca_cost_{today()}.md"
     write_text(target, report(args, found))
     if target.parent == RESULTS:
+        unit = f"times as fast as {BASELINE}: ragged depths, {args.steps} tokens, picture to tokens"
         for name, value in figures(found).items():
-            unit = f"times as fast as {BASELINE}, {args.steps} tokens, picture to tokens"
             note(name, value, FASTER, "higher", unit, command(args), where(1))
     print(target.read_text())
 
@@ -229,13 +229,19 @@ def report(args: argparse.Namespace, found: Mapping[int, Mapping[str, Measured]]
 
 def _cells(name: str, found: Mapping[str, Measured]) -> list[str]:
     this = found[name]
-    cells = [name, spread(this.ms, 1), f"{np.median(found[BASELINE].ms / this.ms):.2f}"]
+    shown = spread if len(this.ms) > 1 else _single
+    cells = [name, shown(this.ms, 1), f"{np.median(found[BASELINE].ms / this.ms):.2f}"]
     if this.full is None or this.answer.depths is None:
         return [*cells, *["-"] * (len(PARTS) + 2)]
     depths = this.answer.depths
-    cells += [spread(found[this.full].ms / this.ms, 2)]
+    cells += [shown(found[this.full].ms / this.ms, 2)]
     cells += [f"{np.median(this.parts[part]):.1f}" for part in PARTS]
     return [*cells, f"{sum(map(sum, depths)) / sum(map(len, depths)):.2f}"]
+
+
+def _single(values: np.ndarray, digits: int) -> str:
+    """Return the one value."""
+    return f"{values[0]:.{digits}f}"
 
 
 if __name__ == "__main__":
