@@ -14,7 +14,6 @@ from transformers import (
     GenerationConfig,
     NoRepeatNGramLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
-    SuppressTokensLogitsProcessor,
 )
 
 from lightning_mue.backbones.stream import DecodeSettings, Inputs, TokenProcessor
@@ -119,7 +118,7 @@ def build_processors(
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None,
     prompts: Sequence[Sequence[int]],
 ) -> list[TokenProcessor]:
-    """Return transformers' own processors for these settings, in the order ``generate`` applies them."""
+    """Return what transformers' processors do for these settings, in the order ``generate`` applies them."""
     plain = settings.plain
     processors: list[TokenProcessor] = []
     if plain["no_repeat_ngram_size"]:
@@ -131,12 +130,17 @@ def build_processors(
     if plain["forced_eos_token_id"] is not None:
         processors.append(_forced_end(settings.max_new_tokens, plain["forced_eos_token_id"], prompts))
     if plain.get("suppress_tokens"):
-        processors.append(_for_all_rows(SuppressTokensLogitsProcessor(plain["suppress_tokens"])))
+        processors.append(_suppressed(torch.tensor(plain["suppress_tokens"])))
     return processors
 
 
 def _for_all_rows(processor: Callable[[Tensor, Tensor], Tensor]) -> TokenProcessor:
     return lambda ids_RT, logits_RV, _rows: processor(ids_RT, logits_RV)
+
+
+def _suppressed(token_N: Tensor) -> TokenProcessor:
+    """These tokens are never chosen; transformers' own looks each token of the vocabulary up in every step."""
+    return lambda _ids_RT, logits_RV, _rows: logits_RV.index_fill(1, token_N.to(logits_RV.device), -torch.inf)
 
 
 def _forced_end(max_new_tokens: int, end_id: int, prompts: Sequence[Sequence[int]]) -> TokenProcessor:
