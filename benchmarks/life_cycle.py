@@ -16,7 +16,7 @@ from targets import device, note, today
 from lightning_mue.checkpoint import load_checkpoint
 from lightning_mue.data import ShardsDataModule
 from lightning_mue.files import write_text
-from lightning_mue.policy import find_policy
+from lightning_mue.policy_file import find_policy
 from lightning_mue.report import print_table, table_markdown
 from lightning_mue.side_by_side import CALIBRATED, FIRST, FULL, side_by_side
 

@@ -96,7 +96,7 @@ def _freeze(args: Sequence[str]) -> None:
     from lightning_mue.checkpoint import load_checkpoint
     from lightning_mue.export import freeze
     from lightning_mue.export.manifest import bundle_size
-    from lightning_mue.policy import find_policy
+    from lightning_mue.policy_file import find_policy
 
     module, processor = load_checkpoint(found.ckpt_path)
     policy = find_policy(found.policy, found.ckpt_path)

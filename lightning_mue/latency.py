@@ -20,13 +20,15 @@ class StreamLatency:
     """Milliseconds of a stream that is left once per sample (vision, encoder).
 
     ``fixed_ms`` is prologue + epilogue (always run), ``layer_ms`` one layer, ``signal_ms`` one exit decision by signal,
-    ``exit_ms`` what leaving early adds (the adapter).
+    ``exit_ms`` what leaving early adds (the adapter); ``exit_ms_of`` the same for signals that made what leaving gives
+    already: less than nothing.
     """
 
     fixed_ms: float
     layer_ms: float
     signal_ms: Mapping[str, float] = field(default_factory=dict)
     exit_ms: float = 0.0
+    exit_ms_of: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,15 @@ SIGNAL_RANGES: dict[str, tuple[float, float]] = {
     "static": (0.0, 1.0),
     "patience": (1.0, math.inf),
     "flat_similarity": (-1.0, 1.0),
+    "pooled_similarity": (-1.0, 1.0),
+    "class_margin": (0.0, 1.0),
 }
 """Every signal and the range of its scores; higher = safer. ``static`` always scores 1: it makes a fixed depth.
 ``patience`` counts the exits in a row that agree; ``flat_similarity`` judges a whole batch at once (MuE's code)."""
+
+OF_EMBEDDINGS = frozenset({"pooled_similarity", "class_margin"})
+"""Signals of the embedding that leaving there would give: the cosine to that of the layer before, and by how much the
+most probable class leads the second. Only streams whose states become embeddings have them."""
 
 KV_FILLS = ("just-in-time", "propagate", "copy")
 """How positions get K/V in layers they had left before: computed (DEED, exact); their last state is passed up and
@@ -121,6 +127,7 @@ class ExitPolicy:
         groups: only samples of these groups may leave early, all others run at full depth; None: there are no groups.
         fingerprint: of the weights the thresholds belong to; the engine refuses others. None: any weights.
         certificate: None means uncalibrated.
+        classes: texts of the classes that pictures are told apart by, in full; ``class_margin`` reads them.
     """
 
     rules: Mapping[str, ExitRule] = field(default_factory=dict)
@@ -131,9 +138,11 @@ class ExitPolicy:
     fingerprint: str | None = None
     certificate: Certificate | None = None
     verified: bool = False
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", dict(sorted(self.rules.items())))
+        object.__setattr__(self, "classes", tuple(self.classes))
         if self.kv_fill not in KV_FILLS:
             raise ValueError(f"`kv_fill` must be one of {list(KV_FILLS)}, got {self.kv_fill!r}")
         if self.backlog < 0 or (self.backlog and self.kv_fill == "just-in-time"):
@@ -147,6 +156,10 @@ class ExitPolicy:
             raise ValueError(
                 "`verified` settles what leaves the decoder: it needs a rule for 'decoder', no others, and "
                 f"K/V 'just-in-time'; got rules for {[*self.rules]} and {self.kv_fill!r}"
+            )
+        if len(set(self.classes)) != len(self.classes) or (self.asks_classes and len(self.classes) < 2):
+            raise ValueError(
+                f"`classes` must be distinct texts, and 'class_margin' needs two or more; got {list(self.classes)}"
             )
         for stream, rule in self.rules.items():
             if stream != "decoder" and (rule.decay is not None or rule.from_step):
@@ -184,6 +197,11 @@ class ExitPolicy:
         """What it was calibrated for: ``torch`` if nothing says otherwise; 8 bits need ONNX Runtime."""
         calibrated = self.certificate.decode.get("runtime") if self.certificate is not None else None
         return calibrated or ("onnxruntime" if (self.precision or "").startswith("int8") else "torch")
+
+    @property
+    def asks_classes(self) -> bool:
+        """Whether a signal reads the classes."""
+        return any(rule.signal == "class_margin" for rule in self.rules.values())
 
     @property
     def is_full_depth(self) -> bool:
@@ -228,6 +246,8 @@ class ExitPolicy:
             "fingerprint": self.fingerprint,
             "certificate": self.certificate.to_dict() if self.certificate else None,
         }
+        if self.classes:  # policies without are the same bytes as before there were any
+            data["classes"] = list(self.classes)
         return json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
@@ -258,7 +278,8 @@ class ExitPolicy:
             certificate = Certificate.from_dict(data["certificate"]) if data.get("certificate") else None
             groups = tuple(data["groups"]) if data.get("groups") is not None else None
             how = (data["kv_fill"], data.get("backlog", 0), data.get("precision"), groups)
-            return cls(rules, *how, data["fingerprint"], certificate, data["schema"] == VERIFIED_SCHEMA)
+            verified, classes = data["schema"] == VERIFIED_SCHEMA, tuple(data.get("classes", ()))
+            return cls(rules, *how, data["fingerprint"], certificate, verified, classes)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} must be a policy; an entry is missing or of another kind: {error}") from error
 
@@ -275,11 +296,3 @@ class ExitPolicy:
 def chain_hash(policies: list[ExitPolicy]) -> str:
     """Return the hash of an ordered chain of policies, stored before the first of them is tested."""
     return hashlib.sha256("".join(p.to_json() for p in policies).encode()).hexdigest()[:16]
-
-
-def find_policy(path: str | None, ckpt_path: str | None) -> ExitPolicy:
-    """Return the policy at ``path``, else the one beside the checkpoint, else full depth."""
-    if path is not None:
-        return ExitPolicy.load(path)
-    beside = Path(ckpt_path).parent / "policy.json" if ckpt_path else None
-    return ExitPolicy.load(beside) if beside is not None and beside.exists() else ExitPolicy.full_depth()

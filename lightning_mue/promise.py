@@ -8,6 +8,10 @@ import numpy as np
 
 from lightning_mue.corpus import CORPUS
 
+OF_EMBEDDINGS: dict[str, int] = {"recall_at_1": 1, "recall_at_5": 5, "recall_at_10": 10, "top_1": 1}
+"""The metrics of embeddings: a picture scores 1 if one of its own texts is among so many best of fixed candidates, and
+0 if not. ``recall_at_k``: among texts drawn from data that certifies nothing; ``top_1``: among those of all classes."""
+
 RANGES: dict[str, float] = {
     "accuracy": 1.0,
     "exact_match": 1.0,
@@ -18,6 +22,7 @@ RANGES: dict[str, float] = {
     "rouge_l": 1.0,
     "cider": 10.0,
     "bleu": 1.0,
+    **dict.fromkeys(OF_EMBEDDINGS, 1.0),
 }
 """The metrics, and how high they score; the lowest is 0. ``cider``: CIDEr-D by frozen frequencies, ``bleu``: BLEU-4."""
 

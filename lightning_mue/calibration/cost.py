@@ -78,7 +78,10 @@ def deciding_ms(
             f"The latency table has no cost of signal {rule.signal!r} in stream {name!r}, only "
             f"{sorted(cost.signal_ms)}; measure it again"
         )
-    exit_ms = cost.exit_ms if isinstance(cost, StreamLatency) else cost.exit_ms.get(rule.signal, 0.0)
+    if isinstance(cost, StreamLatency):
+        exit_ms = cost.exit_ms_of.get(rule.signal, cost.exit_ms)
+    else:
+        exit_ms = cost.exit_ms.get(rule.signal, 0.0)
     asked = np.searchsorted(exits, depth, side="right")
     return asked * cost.signal_ms.get(rule.signal, 0.0) + np.isin(depth, exits) * exit_ms
 

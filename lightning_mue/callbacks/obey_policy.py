@@ -8,7 +8,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_mue.inference import ExitEngine
-from lightning_mue.policy import ExitPolicy, find_policy
+from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy_file import find_policy
 
 
 class ObeyPolicy(L.Callback):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lightning_mue.backbones import Backbone, exit_streams, num_layers
 from lightning_mue.exits import Exits
-from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy import OF_EMBEDDINGS, ExitPolicy
 from lightning_mue.signals import NEEDS_LOGITS
 
 
-def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) -> None:
-    """Compare a policy with a backbone and its exits.
+def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None, embeds: bool = False) -> None:
+    """Compare a policy with a backbone and its exits; ``embeds``: what leaves becomes an embedding, not an answer.
 
     Raises:
         ValueError: what does not fit, what there is, and what to do.
@@ -32,6 +32,11 @@ def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None) ->
             raise ValueError(
                 f"The policy leaves {stream!r} after {list(rule.layers)}, exits are attached at {list(known)}; "
                 "attach exits there and train them."
+            )
+        if rule.signal in OF_EMBEDDINGS and not embeds:
+            raise ValueError(
+                f"Signal {rule.signal!r} of {stream!r} is about embeddings, and answers are made of states; give the "
+                "policy to an EmbedEngine, or take another signal."
             )
         if rule.signal == "gate" and stream not in num_layers(backbone):
             raise ValueError(f"Gates of {stream!r} are not trained; take another signal.")

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones import EncoderStream, StreamState, fingerprint, view
+from lightning_mue.backbones import EncoderStream, fingerprint, view
 from lightning_mue.backbones.contrastive import text_ids as text_ids_of
 from lightning_mue.backbones.stream import Inputs
 from lightning_mue.exits import attached
 from lightning_mue.inference.check import check_policy
+from lightning_mue.inference.embed_branch import EmbedBranch
 from lightning_mue.inference.encode import climb
-from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy import ExitPolicy, ExitRule
+
+CHUNK = 64
+"""Texts that are embedded at once where there are many."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,13 @@ class EmbedEngine:
     Args:
         model: a backbone that compares pictures with texts (CoCa), with exits attached if the policy needs them; put
             into eval mode.
-        policy: its rules for the streams of pictures and texts are obeyed, others are not asked. Certificates speak of
-            answers, not of embeddings.
+        policy: its rules for the streams of pictures and texts are obeyed, others are not asked. That of
+            CalibrateEmbeddings is certified for embeddings; certificates of CalibrateExits speak of answers.
         check_fingerprint: refuse a policy made for other weights.
-        processor: makes tensors of pictures and texts; only ``embed_images`` and ``embed_texts`` need it.
+        processor: makes tensors of pictures and texts; ``embed_images``, ``embed_texts`` and classes need it.
 
     Raises:
-        ValueError: the model compares nothing, or the policy does not fit.
+        ValueError: the model compares nothing, the policy does not fit, or its classes cannot be embedded.
     """
 
     def __init__(
@@ -61,19 +65,22 @@ class EmbedEngine:
             )
         if policy.precision is not None:
             raise ValueError(f"Embeddings are computed as the model is, and the policy asks for {policy.precision!r}.")
-        check_policy(policy, self.backbone, self.exits)
+        check_policy(policy, self.backbone, self.exits, embeds=True)
         if check_fingerprint and policy.fingerprint is not None and policy.fingerprint != (found := fingerprint(model)):
             raise ValueError(
                 f"The policy was calibrated for weights with fingerprint {policy.fingerprint}, this model has {found}; "
                 "calibrate again."
             )
         self.contrastive = self.backbone.contrastive
+        reads_classes = policy.classes and (policy.asks_classes or processor is not None)
+        self.classes_CE = self.full_depth_texts(policy.classes) if reads_classes else None
 
     @torch.inference_mode()
     def images(self, pixel_values: Tensor) -> Embedded:
         """Embed pictures ``[B, 3, H, W]``."""
-        state, found = self._climb(self.contrastive.image, {"pixel_values": pixel_values})
-        return Embedded(self.contrastive.image_embedding(state), *found)
+        stream = self.contrastive.image
+        rule = self.policy.rules.get(stream.name)
+        return self._climb(stream, self.image_branch(), {"pixel_values": pixel_values}, rule)
 
     @torch.inference_mode()
     def texts(self, text_ids: Tensor) -> Embedded:
@@ -84,8 +91,8 @@ class EmbedEngine:
         """
         given = text_ids_of(text_ids[:, 1:], 0, self.contrastive)
         given[:, 0] = text_ids[:, 0]
-        state, found = self._climb(self.contrastive.text, {"text_ids": given})
-        return Embedded(self.contrastive.text_embedding(state), *found)
+        stream = self.contrastive.text
+        return self._climb(stream, self.text_branch(), {"text_ids": given}, self.policy.rules.get(stream.name))
 
     def embed_images(self, images: Sequence[Any]) -> Embedded:
         """Embed PIL pictures."""
@@ -93,15 +100,51 @@ class EmbedEngine:
 
     def embed_texts(self, texts: Sequence[str]) -> Embedded:
         """Embed texts."""
+        return self.texts(self._text_ids(texts))
+
+    @torch.inference_mode()
+    def full_depth_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return unit vectors ``[C, E]`` of texts whatever the policy: a gallery is embedded once, and in advance."""
+        stream, branch, ids = self.contrastive.text, self.text_branch(), self._text_ids(texts).split(CHUNK)
+        return torch.cat([self._climb(stream, branch, {"text_ids": part}, None).vectors for part in ids])
+
+    def classify(self, images: Sequence[Any], classes: Sequence[str] | None = None) -> Tensor:
+        """Return the probability of each class for each PIL picture, ``[B, C]``, at the model's temperature.
+
+        Args:
+            images: the pictures.
+            classes: texts of the classes, in full, such as "a photo of a dog"; the policy's if not given. Certificates
+                are of the policy's alone.
+
+        Raises:
+            ValueError: there are no classes.
+        """
+        if classes is None and self.classes_CE is None:
+            raise ValueError("The policy names no classes; give some, such as `classes=['a photo of a dog', ...]`.")
+        texts_CE = self.classes_CE if classes is None else self.full_depth_texts(classes)
+        assert texts_CE is not None
+        vectors_BE = self.embed_images(images).vectors
+        with torch.inference_mode():
+            return self.contrastive.logits(vectors_BE, texts_CE).float().softmax(-1)
+
+    def image_branch(self) -> EmbedBranch:
+        """Return what leaving the stream of pictures gives, and its signals."""
+        contrastive, classes_CE = self.contrastive, self.classes_CE
+        logits = None if classes_CE is None else lambda vectors_BE: contrastive.logits(vectors_BE, classes_CE)
+        return EmbedBranch(contrastive.image.name, self.exits, contrastive.image_embedding, logits)
+
+    def text_branch(self) -> EmbedBranch:
+        """Return the same of the stream of texts."""
+        return EmbedBranch(self.contrastive.text.name, self.exits, self.contrastive.text_embedding)
+
+    def _climb(self, stream: EncoderStream, branch: EmbedBranch, inputs: Inputs, rule: ExitRule | None) -> Embedded:
+        return Embedded(*climb(stream, branch, stream.prologue(inputs, {}), rule))
+
+    def _text_ids(self, texts: Sequence[str]) -> Tensor:
         if isinstance(texts, str) or not texts:
             raise ValueError(f"`texts` must be a list of at least one text, got {texts!r}")
         labels_BT, settings = self._of_processor().labels(texts), self.backbone.decode_settings(None)
-        return self.texts(text_ids_of(labels_BT, settings.start_id, self.contrastive).to(self._device))
-
-    def _climb(self, stream: EncoderStream, inputs: Inputs) -> tuple[StreamState, tuple[Tensor, int]]:
-        state = stream.prologue(inputs, {})
-        h_BTD, depth_B, runs = climb(stream, self.exits, state.at(state.h_BTD), self.policy.rules.get(stream.name))
-        return state.at(h_BTD), (depth_B, runs)
+        return text_ids_of(labels_BT, settings.start_id, self.contrastive).to(self._device)
 
     def _of_processor(self) -> Any:
         if self.processor is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ def encode(
     for stream in backbone.encoders if streams is None else streams:
         with stopwatch.part(stream.name):
             state = stream.prologue(inputs, outputs)
-            h_BTD, depth_B, runs = climb(stream, exits, state.at(state.h_BTD), rules.get(stream.name), on_exit)
+            branch = StateBranch(stream.name, exits)
+            h_BTD, depth_B, runs = climb(stream, branch, state.at(state.h_BTD), rules.get(stream.name), on_exit)
             outputs[stream.name] = stream.epilogue(state.at(h_BTD))
         depths[stream.name], layer_runs[stream.name] = depth_B, runs
     return Encoded(backbone.memory(outputs), depths, layer_runs)
@@ -73,9 +75,39 @@ def stream_scores(
     return torch.ones(state.h_BTD.shape[0], device=state.h_BTD.device)
 
 
+class Branch(Protocol):
+    """What leaving a stream gives, and the scores that say whether to."""
+
+    def scores(self, signal: str, k: int, state: StreamState, before_BTD: Tensor) -> Tensor:
+        """Return the exit scores ``[B]`` after layer ``k``."""
+
+    def left(self, k: int, state: StreamState, leaves_B: Tensor | None = None) -> Tensor:
+        """Return what the rows of ``leaves_B`` (all if None) give that leave after layer ``k``, ``[R, ...]``.
+
+        If any were asked about this state, ``scores`` was called with it last.
+        """
+
+
+@dataclass(frozen=True)
+class StateBranch:
+    """Leaving gives states ``[R, T, D]``, as the adapter makes them for what follows the stream."""
+
+    stream: str
+    exits: Exits | None
+
+    def scores(self, signal: str, k: int, state: StreamState, before_BTD: Tensor) -> Tensor:
+        """Return the exit scores ``[B]`` after layer ``k``."""
+        return stream_scores(self.exits, signal, self.stream, k, state, before_BTD)
+
+    def left(self, k: int, state: StreamState, leaves_B: Tensor | None = None) -> Tensor:
+        """Return the states of rows that leave after layer ``k``."""
+        left_RTD = state.h_BTD if leaves_B is None else state.h_BTD[leaves_B]
+        return left_RTD if self.exits is None else self.exits.adapt(self.stream, k, left_RTD)
+
+
 def climb(
     stream: EncoderStream,
-    exits: Exits | None,
+    branch: Branch,
     state: StreamState,
     rule: ExitRule | None,
     on_exit: OnExit | None = None,
@@ -84,13 +116,13 @@ def climb(
 
     Args:
         stream: whose layers they are.
-        exits: the backbone's, or None.
+        branch: what leaving gives, and whether to.
         state: that enters layer 1; it is changed.
         rule: when to leave; None: never early.
         on_exit: called at each layer passed.
 
     Returns:
-        The exit branches' states ``[B, T, D]``, the depths ``[B]`` and the number of layer calls.
+        What leaving gave, ``[B, ...]``, the depths ``[B]`` and the number of layer calls.
     """
     batch = len(state.h_BTD)
     depths = torch.full((batch,), stream.num_layers, device=state.h_BTD.device)
@@ -104,22 +136,22 @@ def climb(
         threshold = rule.reachable.get(k) if rule is not None else None
         if rule is None or threshold is None:
             continue
-        leaves = stream_scores(exits, rule.signal, stream.name, k, state, before_BTD) >= threshold
+        leaves = branch.scores(rule.signal, k, state, before_BTD) >= threshold
         count = int(leaves.sum())
         if count == 0:
             continue
-        left_BTD = state.h_BTD if count == len(leaves) else state.h_BTD[leaves]
-        left_BTD = left_BTD if exits is None else exits.adapt(stream.name, k, left_BTD)
+        left = branch.left(k, state, None if count == len(leaves) else leaves)
         depths[rows[leaves]] = k
         if count == batch:
-            return left_BTD, depths, k
-        result = torch.empty_like(state.h_BTD) if result is None else result
-        result[rows[leaves]] = left_BTD
+            return left, depths, k
+        result = left.new_empty((batch, *left.shape[1:])) if result is None else result
+        result[rows[leaves]] = left
         if count == len(leaves):
             return result, depths, k
         stay = (~leaves).nonzero()[:, 0]
         rows, state = rows[stay], state.rows(stay)
+    last = branch.left(stream.num_layers, state)
     if result is None:
-        return state.h_BTD, depths, stream.num_layers
-    result[rows] = state.h_BTD
+        return last, depths, stream.num_layers
+    result[rows] = last
     return result, depths, stream.num_layers

@@ -53,7 +53,7 @@ def measure_latency(
     executor, start_id, length = _ready(backbone, runtime, exits, inputs, max_new_tokens)
     pieces = _stream_pieces(runtime.streams, exits, inputs) | _decoder_pieces(executor, exits, start_id, length)
     device = next(model.parameters()).device
-    ms, streams = _time(pieces, repeats, device, time.perf_counter), {}
+    ms, streams = time_pieces(pieces, repeats, device), {}
     for stream in backbone.encoders:
         signals = {s: ms[f"{stream.name}.{s}"] for s in STREAM_SIGNALS if f"{stream.name}.{s}" in ms}
         fixed = ms[f"{stream.name}.prologue"] + ms[f"{stream.name}.epilogue"]
@@ -76,7 +76,7 @@ def measure_decoder(
         clock: seconds.
     """
     pieces = _decoder_pieces(executor, None, start_id, length)
-    return _decoder_latency(_time(pieces, repeats, torch.device("cpu"), clock), executor)
+    return _decoder_latency(time_pieces(pieces, repeats, torch.device("cpu"), clock), executor)
 
 
 def _decoder_latency(ms: dict[str, float], executor: Any) -> DecoderLatency:
@@ -116,7 +116,7 @@ def _stream_pieces(streams: Sequence[EncoderStream], exits: Exits | None, inputs
         state = stream.prologue(inputs, done)
         name, first = stream.name, state.h_BTD
         pieces[f"{name}.prologue"] = partial(stream.prologue, inputs, dict(done))
-        pieces[f"{name}.layers"] = _each(range(1, stream.num_layers + 1), partial(_run, stream, replace(state)))
+        pieces[f"{name}.layers"] = all_layers(stream, replace(state))
         pieces[f"{name}.epilogue"] = partial(stream.epilogue, replace(state))
         for signal in _signals(exits, name, STREAM_SIGNALS):
             k = exits.layers[name][0] if exits is not None else 0
@@ -141,8 +141,9 @@ def _signals(exits: Exits | None, stream: str, signals: Sequence[str]) -> list[s
     return [s for s in signals if s != "gate" or exits.config.gate]
 
 
-def _run(stream: EncoderStream, state: StreamState, k: int) -> Tensor:
-    return stream.layer(k, state)
+def all_layers(stream: EncoderStream, state: StreamState) -> Callable[[], object]:
+    """Return what runs every layer of a stream on the same states."""
+    return _each(range(1, stream.num_layers + 1), partial(stream.layer, state=state))
 
 
 def _push(executor: Any, block: Block, k: int) -> None:
@@ -192,7 +193,9 @@ def _decoder_pieces(executor: Any, exits: Exits | None, start_id: int, length: i
     return pieces
 
 
-def _time(pieces: Pieces, repeats: int, device: torch.device, clock: Callable[[], float]) -> dict[str, float]:
+def time_pieces(
+    pieces: Pieces, repeats: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Return name -> median milliseconds; pieces take turns, so that drift of the machine hits all alike."""
     samples: dict[str, list[float]] = {name: [] for name in pieces}
     for turn in range(repeats + 3):

@@ -26,6 +26,11 @@ def similarity(h_BTD: Tensor, before_BTD: Tensor, valid_BT: Tensor | None = None
     return (cosine_BT * valid_BT).sum(1) / valid_BT.sum(1).clamp(min=1)
 
 
+def pooled_similarity(now_BE: Tensor, before_BE: Tensor) -> Tensor:
+    """Return the cosine between two embeddings of each sample, ``[B]`` in [-1, 1], float32: what a layer left alone."""
+    return torch.cosine_similarity(now_BE.float(), before_BE.float(), dim=-1)
+
+
 def flat_similarity(h_BTD: Tensor, before_BTD: Tensor) -> Tensor:
     """Return one cosine over the whole flattened batch, padding included, for every row: ``[B]``, float32.
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from lightning_mue.backbones import num_layers, view
-from lightning_mue.policy import KV_FILLS, SIGNAL_RANGES, ExitPolicy, ExitRule
+from lightning_mue.policy import KV_FILLS, OF_EMBEDDINGS, SIGNAL_RANGES, ExitPolicy, ExitRule
 from lightning_mue.signals import NEEDS_LOGITS
 from tests import reference, zoo
 from tests.invariants.policies import STEPS, assert_same_row, decoder_rule, executor_class, generate, mixed
 
 BACKBONES = list(zoo.BACKBONES)
 STREAMS = [(name, stream) for name in BACKBONES for stream in zoo.exit_layers(name)]
-SIGNALS = [signal for signal in SIGNAL_RANGES if signal != "static"]
+SIGNALS = [signal for signal in SIGNAL_RANGES if signal not in ("static", *OF_EMBEDDINGS)]
 
 
 @pytest.mark.parametrize(("name", "stream"), STREAMS)
