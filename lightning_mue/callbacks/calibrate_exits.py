@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mue.backbones import view
 from lightning_mue.calibration import Proposal, Tested, propose, uncertified
 from lightning_mue.calibration.losses import check_level
+from lightning_mue.callbacks.answering import Answering
 from lightning_mue.callbacks.batch_keys import BatchKeys, Inputs, Key
 from lightning_mue.callbacks.batches import Batch, in_split, rows_of, single
 from lightning_mue.callbacks.calibration import Ask, Asked, Calibration, Certifies
 from lightning_mue.callbacks.collect_trace import open_journal, record_batch
 from lightning_mue.callbacks.ledger import Reuse
 from lightning_mue.callbacks.multi_exit_supervision import find_model
+from lightning_mue.callbacks.outcome import (
+    INDEPENDENT,
+    Calibrates,
+    intents_beside,
+    log_result,
+    refuse_nothing,
+    refuse_one_part,
+    write_policy,
+)
 from lightning_mue.callbacks.ranks import check_visible, gather, lead, refuse_sharded
 from lightning_mue.callbacks.scoring import Scoring
 from lightning_mue.data import ShardsDataModule
@@ -28,16 +36,12 @@ from lightning_mue.exits import attached
 from lightning_mue.inference.runtime import RuntimeName
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy_file import POLICY
 from lightning_mue.promise import Promise
 from lightning_mue.trace import Trace
 
-INDEPENDENT = (
-    "independent: no batch names clusters, so samples are taken as independent; if some share a picture, the promise "
-    "is weaker."
-)
 
-
-class CalibrateExits(L.Callback):
+class CalibrateExits(Calibrates, L.Callback):
     """Chooses exit thresholds that keep a promised quality, and proves it by decoding data kept for that.
 
     In ``validate`` and ``mue calibrate``: records the *propose* part of the validation data at full depth, measures a
@@ -118,7 +122,6 @@ class CalibrateExits(L.Callback):
         self.tests: list[Tested] = []
         self.trace: Trace | None = None
         self.latency: LatencyTable | None = None
-        self._run: Calibration | None = None
         self._paths: list[Path] = []
         self._certifies: dict[str, tuple[str, str]] = {}
         self._one: Batch | None = None
@@ -156,16 +159,15 @@ class CalibrateExits(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget an earlier calibration."""
-        self._run = None
+        self.calibration = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse to end without a policy: Lightning passes over validation without data, and over all its hooks."""
-        if stage == "validate" and self._run is None:
-            raise ValueError("Nothing was calibrated: no validation data. Give some, and no `limit_val_batches` of 0.")
+        refuse_nothing(stage, self.calibration)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the journal."""
-        self._run = None
+        self.calibration = None
         fitting = trainer.state.fn == TrainerFn.FITTING
         if trainer.sanity_checking or (fitting and not self.fit_samples):
             return
@@ -179,9 +181,10 @@ class CalibrateExits(L.Callback):
             self.metric = "exact_match" if ours or self.keys.references is not None else "consistency"
         budget = (self.latency_ms, self.speedup)
         asked = Asked(self._promised, self.confidence_level, self.seed, self.estimate, self.reuse, *budget)
-        scoring = Scoring(trainer, [promise.metric for promise in asked.promises], self.frequencies)
-        journal = open_journal(trainer, model, scoring, self.max_new_tokens, self.folder)
-        self._run = Calibration(trainer, model, asked, scoring, journal, self.keys, self.max_new_tokens, self.runtime)
+        self._scoring = Scoring(trainer, [promise.metric for promise in asked.promises], self.frequencies)
+        journal = open_journal(trainer, model, self._scoring, self.max_new_tokens, self.folder)
+        how = (self._scoring, journal, self.keys, self.max_new_tokens, self.runtime)
+        self.calibration = Calibration(model, asked, Answering(trainer, model, *how), journal, self.keys)
         self._paths, self._certifies, self._one, self._seen = [], {}, None, 0
 
     def on_validation_batch_end(
@@ -194,7 +197,7 @@ class CalibrateExits(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Record the rows that propose; remember which rows certify."""
-        if (run := self._run) is None:
+        if (run := self.calibration) is None:
             return
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._seen >= self.fit_samples:
@@ -210,47 +213,38 @@ class CalibrateExits(L.Callback):
         if self._one is None:
             self._one = single(batch, 0)
         chosen = batch if fitting else rows_of(batch, [not c for c in certifies])
-        path = record_batch(trainer, run.model, chosen, run.scoring, self.max_new_tokens, run.journal)
+        path = record_batch(trainer, run.model, chosen, self._scoring, self.max_new_tokens, run.journal)
         self._paths += [path] if path is not None else []
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Propose, and outside of ``fit`` certify."""
-        if (run := self._run) is None:
+        if (run := self.calibration) is None:
             return
         paths, certifies = sorted(set(gather(self._paths))), dict(sorted(gather(list(self._certifies.items()))))
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if not paths or not (certifies or fitting):
-            raise ValueError(
-                f"Calibration needs samples to propose on and others to certify on (about 30 and 70 % of the clusters, "
-                f"by a hash of their names); found {len(paths)} batches for the one and {len(certifies)} samples for "
-                "the other. Give more validation data: `val` with a lower `select`, or a larger `holdout`."
-            )
+        refuse_one_part(len(paths), len(certifies) or fitting)
         one = next(batch for batch in gather([self._one]) if batch is not None)  # rank 0 may have seen none
         run.note = max(gather([run.note]))
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        others = (cb._run for cb in callbacks if isinstance(cb, CalibrateExits) and cb is not self)
-        run.beside = [other.intent for other in others if other is not None]
-        choose = partial(self._choose, run, paths, certifies, one)
+        run.beside = intents_beside(trainer, self)
+        choose = partial(self._choose, run, paths, certifies, one, fitting)
         self.latency, self.proposal, self.policy, self.tests = lead(choose, run.decode)
         if fitting:
             self._log_simulation(pl_module)
             return
         assert self.policy is not None
-        self._log_result(pl_module)
-        target = self._target(trainer)
-        if trainer.is_global_zero:
-            self.policy.save(target)
-        assert self.policy.certificate is not None
-        rank_zero_info(f"{self.policy.certificate.in_words()}\nPolicy: {self.policy.depths_in_words()} -> {target}")
+        assert self.proposal is not None
+        name = "exits" if self.out is None else f"exits/{Path(self.out).stem}"
+        log_result(pl_module, name, self.policy, self.proposal, self.tests)
+        write_policy(trainer, self.policy, self.out, POLICY)
 
     def _choose(
-        self, run: Calibration, paths: Sequence[Path], certifies: Certifies, one: Batch, ask: Ask
+        self, run: Calibration, paths: Sequence[Path], certifies: Certifies, one: Batch, fitting: bool, ask: Ask
     ) -> tuple[LatencyTable, Proposal, ExitPolicy | None, list[Tested]]:
         """Propose, and outside of ``fit`` certify, on rank 0; all ranks decode what it asks for."""
         check_visible(paths)
         self.trace = Trace.merge([Trace.load(p) for p in paths])
         latency = run.measure(one, self.latency_repeats)
-        if run.trainer.state.fn == TrainerFn.FITTING:
+        if fitting:
             return latency, propose(self.trace, latency, run.asked.promises), self.policy, []
         lower = {p: run.measure(one, self.latency_repeats, p) for p in self.lower_precision}
         proposal = run.propose(self.trace, latency, certifies, lower, ask)
@@ -278,23 +272,3 @@ class CalibrateExits(L.Callback):
         pl_module.log("exits/simulated_speedup", full.ms / best.ms, rank_zero_only=False, sync_dist=True)
         for stream, depth in best.depths.items():
             pl_module.log(f"exits/simulated_depth_{stream}", depth, sync_dist=True)
-
-    def _log_result(self, pl_module: L.LightningModule) -> None:
-        """Log what was tested of the policy chosen, to whatever logger there is."""
-        assert self.proposal is not None
-        assert self.policy is not None
-        plain = replace(self.policy, certificate=None)
-        chosen = next((test for test in self.tests if test.candidate.policy == plain), None)
-        if chosen is None:
-            return
-        name = "exits" if self.out is None else f"exits/{Path(self.out).stem}"
-        figures = {"speedup": self.proposal.full_depth.ms / chosen.candidate.ms, "p_value": chosen.result.p}
-        figures |= {f"kept_{e.promise.metric}": e.kept for e in chosen.evidence if e.kept is not None and not e.group}
-        for figure, value in figures.items():
-            pl_module.log(f"{name}/{figure}", value, sync_dist=True)
-
-    def _target(self, trainer: L.Trainer) -> Path:
-        if self.out is not None:
-            return Path(self.out)
-        beside = Path(trainer.ckpt_path).parent if trainer.ckpt_path else Path(trainer.default_root_dir)
-        return beside / "policy.json"

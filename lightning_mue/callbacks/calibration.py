@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_mue.backbones import fingerprint, view
+from lightning_mue.backbones import fingerprint
 from lightning_mue.calibration import (
     Proposal,
     Provenance,
@@ -34,12 +33,10 @@ from lightning_mue.calibration.rows import StreamRows
 from lightning_mue.calibration.simulate import stream_outcome
 from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import Batch
-from lightning_mue.callbacks.decoding import SplitDecoder
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.callbacks.ledger import Entry, Ledger, Reuse
-from lightning_mue.callbacks.scoring import Scoring
-from lightning_mue.inference.profile import device_name, measure_latency
-from lightning_mue.inference.runtime import in_precision, make_runtime
+from lightning_mue.callbacks.subject import Decoder, Subject
+from lightning_mue.inference.profile import device_name
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.promise import Promise
@@ -81,50 +78,39 @@ class Calibration:
     """One calibration of a model on a trainer's validation data.
 
     Args:
-        trainer: whose data.
         model: the backbone.
         asked: the promises.
-        scoring: of their metrics.
+        subject: what the model does with the data.
         journal: of finished pieces.
         keys: of the batches.
-        max_new_tokens: of each answer; the generation config's if not given.
-        runtime: what runs the layers.
         note: what the certificate says beside the promise.
         beside: the intents of other calibrations at the same time.
     """
 
-    trainer: L.Trainer
     model: nn.Module
     asked: Asked
-    scoring: Scoring
+    subject: Subject
     journal: Journal
     keys: BatchKeys
-    max_new_tokens: int | None
-    runtime: str = "torch"
     note: str = ""
     beside: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self._ledger = Ledger(self.journal.folder / "ledger.json")
-        self.decoders: dict[str, SplitDecoder] = {}
+        self.decoders: dict[str, Decoder] = {}
 
     @property
     def intent(self) -> str:
         """What is asked and how it is decoded, known before any data is seen."""
-        return repr([self.asked, sorted(self._decode_settings().items())])
+        return repr([self.asked, sorted(self.subject.settings.items())])
 
     def measure(self, one: Batch, repeats: int, precision: str | None = None) -> LatencyTable:
         """Measure on one sample; a resumed calibration uses the table it began with."""
         device = next(self.model.parameters()).device
-        setting = [device_name(device), torch.get_num_threads(), repeats, precision, self.runtime]
+        setting = [device_name(device), torch.get_num_threads(), repeats, precision, self.subject.runtime]
         path = self.journal.path("latency", setting, ".json")
         if not path.exists():
-            model = in_precision(self.model, precision)
-            inputs = {k: v.to(device) for k, v in one.items() if hasattr(v, "to")}
-            dtype = next(model.parameters()).dtype
-            inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-            runtime = make_runtime(self.runtime, view(model), precision)
-            measure_latency(model, inputs, repeats, self.max_new_tokens, runtime).save(path)
+            self.subject.measure(one, repeats, precision).save(path)
         found = LatencyTable.from_json(path.read_text(encoding="utf-8"), str(path))
         if found.device != setting[0]:
             raise ValueError(
@@ -178,12 +164,12 @@ class Calibration:
         def decode(policy: ExitPolicy) -> Decoded:
             if not entered:  # nothing is tested, and nothing spent, before something is decoded
                 entered.append(self._enter(proposal, [cluster for cluster, _ in certifies.values()]))
-                if sum(map(self._is_simulated_exactly, (link.policy for link in proposal.chain))) > 1:
+                if sum(map(self.subject.is_simulated_exactly, (link.policy for link in proposal.chain))) > 1:
                     recorded.append(Trace.merge([Trace.load(p) for p in ask(("certify", groups, None, ()))]))
             return ask(("certify", groups, policy, self._unchanged(policy, *recorded)))
 
         note = f"{self.note} {'' if self.journal.key['data'] else SELECTION_REUSED}".strip()
-        provenance = Provenance(fingerprint(self.model), self.journal.key["data"], self._decode_settings(), note)
+        provenance = Provenance(fingerprint(self.model), self.journal.key["data"], self.subject.settings, note)
         how: dict[str, Any] = {"confidence_level": asked.confidence_level, "seed": asked.seed}
         how |= {"provenance": provenance, "on_tested": _announce}
         if asked.budget_ms(proposal.full_depth.ms) is not None:
@@ -247,23 +233,9 @@ class Calibration:
             notes.append(f"{len(earlier)} other chain(s) were tested on them: the confidence is over all of them.")
         return sum((e.risk for e in earlier), entry.risk), " ".join(notes)
 
-    def _decode_settings(self) -> dict[str, Any]:
-        closed = list(getattr(getattr(self.trainer, "datamodule", None), "closed_answers", None) or [])
-        precision = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        corpus = {name: value for name, value in self.scoring.key.items() if name != "metrics"}
-        if self.keys.group is not None:
-            corpus["group_by"] = self.keys.group
-        how = {"answers": closed, "precision": precision, "batching": "per row", "runtime": self.runtime}
-        return {**view(self.model).decode_settings(self.max_new_tokens).plain, **how, **corpus}
-
-    def _is_simulated_exactly(self, policy: ExitPolicy) -> bool:
-        """Whether a full-depth decode, recorded in torch, tells which outputs change: only the decoder leaves early."""
-        plain = policy.kv_fill == "just-in-time" and policy.precision is None and self.runtime == "torch"
-        return plain and set(policy.rules) == {"decoder"} and next(self.model.parameters()).dtype == torch.float32
-
     def _unchanged(self, policy: ExitPolicy, trace: Trace | None = None) -> list[str]:
         """Return the samples of which no token changes, so that their output is that of full depth."""
-        if trace is None or not self._is_simulated_exactly(policy):
+        if trace is None or not self.subject.is_simulated_exactly(policy):
             return []
         trace = of_groups(trace, policy.groups)
         same = stream_outcome(StreamRows.of(trace, "decoder"), policy.rules["decoder"]).same
@@ -273,8 +245,7 @@ class Calibration:
         """Do a task, on all ranks; full depth is decoded first."""
         split, groups, policy, unchanged = task
         if split not in self.decoders:
-            more = (self.scoring, self.max_new_tokens, self.journal, self.keys, split, groups, self.runtime)
-            self.decoders[split] = SplitDecoder(self.trainer, self.model, *more)
+            self.decoders[split] = self.subject.decoder(split, groups)
         decoder = self.decoders[split]
         return decoder.signals() if policy is None else decoder(policy, unchanged)
 

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-from rich.progress import track
 
 from lightning_mue.backbones import view
 from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.callbacks.batch_keys import BatchKeys
-from lightning_mue.callbacks.batches import (
-    Batch,
-    answer_constraint,
-    content,
-    in_split,
-    on_device,
-    prepared,
-    rows_of,
-)
+from lightning_mue.callbacks.batches import Batch, answer_constraint, content, on_device
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.callbacks.ranks import gather
 from lightning_mue.callbacks.scoring import Scoring
+from lightning_mue.callbacks.split_reader import SplitReader
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.record import record
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.trace import Trace
 
 FULL = ExitPolicy.full_depth()
+Row = dict[str, Any]
+"""What one sample came to, in plain values."""
+
 _DOING = {"propose": "rehearsing", "certify": "decoding"}
 
 
@@ -66,12 +59,12 @@ class SplitDecoder:
         groups: Container[str] | None = None,
         runtime: str = "torch",
     ) -> None:
-        self._trainer, self._model, self._scoring, self._split = trainer, model, scoring, split
-        self._max_new_tokens, self._journal, self._keys = max_new_tokens, journal, keys
+        self._model, self._scoring, self._split = model, scoring, split
+        self._max_new_tokens, self._journal, self._runtime = max_new_tokens, journal, runtime
         backbone = view(model)
-        self._wanted, settings = backbone.generate_inputs, backbone.decode_settings(max_new_tokens)
-        self._prefix_fn = answer_constraint(trainer, settings.end_ids[0])
-        self._groups, self._runtime, self._full = groups, runtime, dict[str, dict[str, Any]]()
+        self._reader = SplitReader(trainer, keys, backbone.generate_inputs, split, groups)
+        self._prefix_fn = answer_constraint(trainer, backbone.decode_settings(max_new_tokens).end_ids[0])
+        self._full = dict[str, Row]()
 
     def __call__(self, policy: ExitPolicy, unchanged: Collection[str] = ()) -> Decoded:
         """Decode the split under ``policy``; full depth must come first.
@@ -80,59 +73,21 @@ class SplitDecoder:
         """
         engine = ExitEngine(self._model, policy, check_fingerprint=False, runtime=self._runtime)
         mine: list[dict[str, Any]] = []
-        for batch in self._read(f"{_DOING[self._split]}: {policy.depths_in_words()[:60]}", unchanged):
+        for batch in self._reader.read(doing(self._split, policy), unchanged):
             parts = [policy.to_json(), content(batch), self._runtime]
             mine.append(self._journal.piece("decoded", parts, partial(self._decode, engine, batch)))
         rows = [row for piece in gather(mine) for row in piece["rows"]]
         if policy.is_full_depth:
             self._full = {row["id"]: row for row in rows}
-        rows += [self._full[name] for name in unchanged]
-        if unknown := [row["id"] for row in rows if row["id"] not in self._full]:
-            raise ValueError(
-                f"The validation data gave sample {unknown[0]!r} now and not before; every pass must give the same "
-                "samples: no random augmentation, and no shuffling with `limit_val_batches`."
-            )
-        return Decoded(
-            [row["id"] for row in rows],
-            [row["cluster"] for row in rows],
-            _columns(rows, "scores"),
-            np.array([row["tokens"] == self._full[row["id"]]["tokens"] for row in rows]),
-            [row["group"] for row in rows],
-            _columns(rows, "counts"),
-        )
+        return joined([*rows, *(self._full[name] for name in unchanged)], self._full)
 
     def signals(self) -> list[Path]:
         """Record the decoder's exits on the split; return the files of all ranks."""
         paths = [
             self._journal.trace("decoder", [content(batch)], partial(self._record, batch))
-            for batch in self._read("recording the decoder's exits", ())
+            for batch in self._reader.read("recording the decoder's exits")
         ]
         return sorted(set(gather(paths)))
-
-    def _read(self, doing: str, unchanged: Collection[str]) -> Iterator[Batch]:
-        """Give this rank's batches of the split, without the samples that are known to come out unchanged."""
-        shown = self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None
-        total, known = sum(self._trainer.num_val_batches), set(unchanged)
-        for batch in track(self._batches(), description=doing, total=total, disable=not shown):
-            batch = self._keys.read(batch, self._wanted)
-            certifies = in_split(self._trainer, batch, "certify")
-            wanted = [
-                c == (self._split == "certify")
-                and (self._groups is None or group in self._groups)
-                and name not in known
-                for c, group, name in zip(certifies, batch["group"], batch["sample_id"], strict=True)
-            ]
-            if any(wanted):
-                yield rows_of(batch, wanted)
-
-    def _batches(self) -> Iterator[Any]:
-        """Give the batches that the validation loop saw: of all loaders, as many as ``limit_val_batches`` says."""
-        loaders: Any = self._trainer.val_dataloaders
-        loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
-        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
-        for i, (loader, limit) in enumerate(zip(loaders, self._trainer.num_val_batches, strict=True)):
-            for batch in itertools.islice(loader, None if limit == math.inf else int(limit)):
-                yield prepared(self._trainer, batch, i)
 
     def _decode(self, engine: ExitEngine, batch: Batch) -> dict[str, Any]:
         tensors = on_device(batch, self._model)
@@ -140,13 +95,8 @@ class SplitDecoder:
         output = engine.generate(self._max_new_tokens, self._prefix_fn, groups=groups, **tensors)
         scores, counts = self._scoring.of(batch)(output.sequences), self._scoring.counts(batch, output.sequences)
         steps = (output.exit_depths["decoder"] > 0).sum(1).tolist()
-        rows = []
-        for i, sample_id in enumerate(batch["sample_id"]):
-            tokens = output.sequences[i, 1 : steps[i] + 1].tolist()
-            of_row, counted = ({metric: values[i] for metric, values in found.items()} for found in (scores, counts))
-            names = {"id": sample_id, "cluster": batch["cluster"][i], "group": batch["group"][i]}
-            rows.append({**names, "tokens": tokens, "scores": of_row, "counts": counted})
-        return {"rows": rows}
+        tokens = [output.sequences[i, 1 : count + 1].tolist() for i, count in enumerate(steps)]
+        return {"rows": rows_of_samples(batch, tokens, scores, counts)}
 
     def _record(self, batch: Batch) -> Trace:
         tensors, names = on_device(batch, self._model), (batch["sample_id"], batch["cluster"])
@@ -155,7 +105,45 @@ class SplitDecoder:
         return record(self._model, tensors, *names, lambda sequences: {}, **how)
 
 
-def _columns(rows: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
+def doing(split: str, policy: ExitPolicy) -> str:
+    """Return what is said beside the progress of decoding a split."""
+    return f"{_DOING[split]}: {policy.depths_in_words()[:60]}"
+
+
+def rows_of_samples(
+    batch: Batch, outputs: Sequence[Any], scores: Mapping[str, Sequence[float]], counts: Mapping[str, Sequence[Any]]
+) -> list[Row]:
+    """Return what each sample of a batch came to: its output is compared with that of full depth."""
+    rows = []
+    for i, sample_id in enumerate(batch["sample_id"]):
+        of_row, counted = ({metric: values[i] for metric, values in found.items()} for found in (scores, counts))
+        names = {"id": sample_id, "cluster": batch["cluster"][i], "group": batch["group"][i]}
+        rows.append({**names, "tokens": outputs[i], "scores": of_row, "counts": counted})
+    return rows
+
+
+def joined(rows: Sequence[Row], full: Mapping[str, Row]) -> Decoded:
+    """Return the decoding of a split, beside the rows of full depth by sample.
+
+    Raises:
+        ValueError: a sample that full depth has not seen.
+    """
+    if unknown := [row["id"] for row in rows if row["id"] not in full]:
+        raise ValueError(
+            f"The validation data gave sample {unknown[0]!r} now and not before; every pass must give the same "
+            "samples: no random augmentation, and no shuffling with `limit_val_batches`."
+        )
+    return Decoded(
+        [row["id"] for row in rows],
+        [row["cluster"] for row in rows],
+        _columns(rows, "scores"),
+        np.array([row["tokens"] == full[row["id"]]["tokens"] for row in rows]),
+        [row["group"] for row in rows],
+        _columns(rows, "counts"),
+    )
+
+
+def _columns(rows: Sequence[Row], what: str) -> dict[str, np.ndarray]:
     """Return metric -> what was found of each sample, ``[n]`` or ``[n, K]``."""
     metrics = rows[0][what] if rows else ()
     return {metric: np.array([row[what][metric] for row in rows], np.float64) for metric in metrics}

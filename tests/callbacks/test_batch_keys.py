@@ -156,14 +156,14 @@ def test_certifies_a_project_of_tuples(make_trainer):
     assert certificate.evidence[0].n + len(callback.trace) == 60
     assert "independent" in certificate.note
     # What is decoded is what validation saw: after the project's own batch hooks.
-    decoded = callback._run.decoders["certify"](ExitPolicy.full_depth())
+    decoded = callback.calibration.decoders["certify"](ExitPolicy.full_depth())
     names = {}
     for pixels, ids, mask in tuple_loader():
         batch = {"pixel_values": (pixels - 0.5) * 2, "input_ids": ids, "attention_mask": mask}
         sequences = module.captioner.generate(**batch, max_new_tokens=TOKENS, do_sample=False, num_beams=1)
         names |= dict(zip(BatchKeys().read(batch, WANTED)["sample_id"], sequences.tolist(), strict=True))
     assert set(decoded.sample_ids) < set(names)
-    tokens = callback._run.decoders["certify"]._full
+    tokens = callback.calibration.decoders["certify"]._full
     for name, found in ((name, row["tokens"]) for name, row in tokens.items()):
         assert names[name][1 : len(found) + 1] == found
 

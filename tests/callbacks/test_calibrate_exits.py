@@ -42,7 +42,7 @@ def test_inside_fit_it_simulates_logs_and_promises_nothing(module, make_loader, 
     trainer = make_trainer(callback, keep, enable_checkpointing=True, num_sanity_val_steps=2)
     seen = []
     check = L.pytorch.callbacks.LambdaCallback(
-        on_sanity_check_end=lambda *_: seen.append((callback._run, (tmp_path / "run" / "calibration").exists()))
+        on_sanity_check_end=lambda *_: seen.append((callback.calibration, (tmp_path / "run" / "calibration").exists()))
     )
     trainer.callbacks.append(check)
     trainer.fit(module, make_loader(24), make_loader())
@@ -125,7 +125,7 @@ def test_several_loaders(module, make_loader, make_trainer):
     callback = calibrate(keep=0.05)
     loaders = [make_loader(36), make_loader(24, 1, "t")]
     make_trainer(callback).validate(module, loaders, verbose=False)
-    names = {*callback._run.decoders["certify"](ExitPolicy.full_depth()).sample_ids, *callback.trace.sample_ids}
+    names = {*callback.calibration.decoders["certify"](ExitPolicy.full_depth()).sample_ids, *callback.trace.sample_ids}
     assert len(names) == 60
 
 
@@ -156,8 +156,10 @@ def test_the_chain_is_rehearsed_before_any_other_sample_is_decoded(module, make_
     assert any(uses)
     assert not all(uses)
     simulated = propose(callback.trace, callback.latency, [Promise("consistency", 0.05)])
-    run = callback._run
-    decoder = decoding.SplitDecoder(trainer, module.model, run.scoring, None, run.journal, callback.keys, "propose")
+    run = callback.calibration
+    decoder = decoding.SplitDecoder(
+        trainer, module.model, run.subject.scoring, None, run.journal, callback.keys, "propose"
+    )
     decoder(ExitPolicy.full_depth())
     again = rehearse(simulated, callback.trace, decoder)
     assert callback.policy.certificate.chain_hash == again.chain_hash
@@ -179,7 +181,7 @@ def test_several_promises_by_group(make_trainer, tmp_path):
     }
     assert "Groups too small to certify run at full depth: rare." in policy.certificate.note
     certified = {s for s, (_, group) in callback._certifies.items() if group != "rare"}
-    assert set(callback._run.decoders["certify"](ExitPolicy.full_depth()).sample_ids) == certified
+    assert set(callback.calibration.decoders["certify"](ExitPolicy.full_depth()).sample_ids) == certified
     assert policy.rules
     with pytest.raises(ValueError, match=r"leaves early for the groups \['often0', 'often1'\] alone"):
         ExitEngine(Plain().model, policy, check_fingerprint=False).generate(2, **zoo.inputs("florence2", 2))
@@ -272,7 +274,7 @@ def test_what_a_decoders_exits_do_not_change_is_not_decoded_again(module, make_l
     """The same results as by decoding every sample; and fewer samples decoded."""
     callback = calibrate(keep=0.05)
     make_trainer(callback).validate(module, make_loader(), verbose=False)
-    run = callback._run
+    run = callback.calibration
     margins = [0.02, 0.1, 0.3]
     policies = [ExitPolicy({"decoder": ExitRule("margin", (1, 2), (m, m), fall)}) for m in margins for fall in FALLS]
     decoded = []
@@ -284,7 +286,13 @@ def test_what_a_decoders_exits_do_not_change_is_not_decoded_again(module, make_l
         if split == "certify":
             trace = Trace.merge([Trace.load(path) for path in run.decode((split, None, None, ()))])
         everything = decoding.SplitDecoder(
-            run.trainer, run.model, run.scoring, TOKENS, Journal(run.journal.folder / "apart", {}), run.keys, split
+            run.subject.trainer,
+            run.model,
+            run.subject.scoring,
+            TOKENS,
+            Journal(run.journal.folder / "apart", {}),
+            run.keys,
+            split,
         )
         everything(ExitPolicy.full_depth())
         for policy in policies:
