@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_mue.calibration.watch import Watch
-    from lightning_mue.callbacks import CalibrateExits, CollectTrace, LogExitDepth, MultiExitSupervision
+    from lightning_mue.callbacks import (
+        CalibrateEmbeddings,
+        CalibrateExits,
+        CollectTrace,
+        LogExitDepth,
+        MultiExitSupervision,
+    )
     from lightning_mue.certificate import Certificate
     from lightning_mue.data import ShardsDataModule
     from lightning_mue.exits import ExitConfig, attach_exits, detach_exits, load_exits, save_exits
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CalibrateEmbeddings": "callbacks",
     "CalibrateExits": "callbacks",
     "Certificate": "certificate",
     "CollectTrace": "callbacks",
@@ -54,6 +61,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CalibrateEmbeddings",
     "CalibrateExits",
     "Certificate",
     "CollectTrace",

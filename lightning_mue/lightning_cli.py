@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lightning_mue.callbacks import CalibrateExits, LastCheckpoint, ObeyPolicy, WritePredictions
+from lightning_mue.callbacks import CalibrateEmbeddings, CalibrateExits, LastCheckpoint, ObeyPolicy, WritePredictions
 from lightning_mue.callbacks.ledger import Reuse
 from lightning_mue.data import ShardsDataModule
 from lightning_mue.training import MultiExitModule
@@ -41,7 +41,7 @@ class MueTrainer(L.Trainer):
             dataloaders: validation loaders, instead of a data module.
             datamodule: the data.
             ckpt_path: checkpoint to calibrate.
-            keep: fraction of the full-depth metric to keep; the recipe's CalibrateExits if not given.
+            keep: fraction of the full-depth metric that answers keep; the recipe's CalibrateExits if not given.
             metric: ``exact_match``, ``accuracy``, ``vqa_accuracy``, ``anls``, ``character_accuracy`` or
                 ``consistency``; likewise.
             confidence_level: of the promise; likewise.
@@ -49,12 +49,14 @@ class MueTrainer(L.Trainer):
                 likewise.
         """
         callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
-        ours = [c for c in callbacks if isinstance(c, CalibrateExits)]
+        ours = [c for c in callbacks if isinstance(c, (CalibrateExits, CalibrateEmbeddings))]
         if not ours:
             ours = [CalibrateExits()]
             callbacks.append(ours[0])
+        of_all = {"confidence_level": confidence_level, "reuse": reuse}
+        of_answers = {"keep": keep, "metric": metric}
         for callback in ours:
-            given = {"keep": keep, "metric": metric, "confidence_level": confidence_level, "reuse": reuse}
+            given = of_all | of_answers if isinstance(callback, CalibrateExits) else of_all
             for name, value in given.items():
                 if value is not None:
                     setattr(callback, name, value)

@@ -253,5 +253,6 @@ def _evaluate(trace: Trace, choice: dict[str, _Option], judge: Judge, groups: Se
     score = changed_scores(trace, [option.change for option in choice.values()])
     rules = {name: option.rule for name, option in choice.items() if option.rule is not None}
     depths = {name: option.depth for name, option in choice.items()}
-    policy = ExitPolicy(rules, groups=_names(groups), fingerprint=trace.meta.get("fingerprint"))
+    made_of, classes = trace.meta.get("fingerprint"), tuple(trace.meta.get("classes", ()))
+    policy = ExitPolicy(rules, groups=_names(groups), fingerprint=made_of, classes=classes)
     return judge.candidate(policy, score, same, sum(option.ms for option in choice.values()), depths)

@@ -1,5 +1,6 @@
 """Lightning callbacks: thin hooks over inference and calibration."""
 
+from lightning_mue.callbacks.calibrate_embeddings import CalibrateEmbeddings
 from lightning_mue.callbacks.calibrate_exits import CalibrateExits
 from lightning_mue.callbacks.collect_trace import CollectTrace
 from lightning_mue.callbacks.last_checkpoint import LastCheckpoint
@@ -9,6 +10,7 @@ from lightning_mue.callbacks.obey_policy import ObeyPolicy
 from lightning_mue.callbacks.write_predictions import WritePredictions
 
 __all__ = [
+    "CalibrateEmbeddings",
     "CalibrateExits",
     "CollectTrace",
     "LastCheckpoint",

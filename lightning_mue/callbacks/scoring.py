@@ -36,7 +36,7 @@ class Scoring:
 
     def __init__(self, trainer: L.Trainer, metrics: Sequence[str], frequencies: str | None = None) -> None:
         self.metrics = sorted({*metrics} - {"consistency"})
-        self._processor = _processor(trainer)
+        self._processor = processor_of(trainer)
         self._frequencies = _frequencies(trainer, frequencies) if "cider" in self.metrics else None
 
     @property
@@ -95,7 +95,7 @@ def _frequencies(trainer: L.Trainer, path: str | None) -> DocumentFrequencies:
     return DocumentFrequencies.from_references(sample.references for sample in samples)
 
 
-def _processor(trainer: L.Trainer) -> Any:
+def processor_of(trainer: L.Trainer) -> Any:
     """Return what turns tokens into text: the data module's or the module's, ours or one of transformers."""
     owners = (getattr(trainer, "datamodule", None), trainer.lightning_module)
     found = next((p for p in (getattr(owner, "processor", None) for owner in owners) if p is not None), None)
