@@ -76,6 +76,7 @@ def _freeze(args: Sequence[str]) -> None:
     parser.add_argument("-c", "--config", help="accepted and not needed: the checkpoint knows its recipe")
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of `mue fit`")
     parser.add_argument("--policy", help="policy.json; the one beside the checkpoint if not given, else full depth")
+    parser.add_argument("--embed-policy", help="embed_policy.json, likewise; without one, embeddings obey the other")
     parser.add_argument("--out", required=True, help="folder of the bundle")
     parser.add_argument(
         "--runtime",
@@ -96,17 +97,24 @@ def _freeze(args: Sequence[str]) -> None:
     from lightning_mue.checkpoint import load_checkpoint
     from lightning_mue.export import freeze
     from lightning_mue.export.manifest import bundle_size
-    from lightning_mue.policy_file import find_policy
+    from lightning_mue.policy_file import find_embed_policy, find_policy
 
     module, processor = load_checkpoint(found.ckpt_path)
     policy = find_policy(found.policy, found.ckpt_path)
     policy = policy.as_drafts() if found.verified else policy
-    bundle = freeze(module.model, policy, found.out, processor, runtime=found.runtime, graphs=found.graphs)
+    # Graphs do not embed: a policy that only lies there is then left out.
+    embeds = found.embed_policy is not None or found.runtime is None
+    embed_policy = find_embed_policy(found.embed_policy, found.ckpt_path) if embeds else None
+    how = {"runtime": found.runtime, "graphs": found.graphs, "embed_policy": embed_policy}
+    bundle = freeze(module.model, policy, found.out, processor, **how)
     weights, rest = bundle_size(bundle)
     print(f"{bundle}: {policy.depths_in_words()}")
     print(f"{weights / 1e6:.1f} MB of weights{' and graphs' if found.runtime else ''}, {rest / 1e6:.1f} MB of all else")
-    if policy.certificate is not None:
-        print(policy.certificate.in_words())
+    for of in (policy, embed_policy):
+        if of is not None and of is not policy:
+            print(f"Embeddings: {of.depths_in_words()}")
+        if of is not None and of.certificate is not None:
+            print(of.certificate.in_words())
 
 
 def _generate(args: Sequence[str]) -> None:
@@ -145,13 +153,23 @@ def _embed(args: Sequence[str]) -> None:
     parser.add_argument("bundle", help="folder made by `mue freeze` of a model that compares (CoCa)")
     parser.add_argument("--image", action="append", default=[], help="picture; may be given several times")
     parser.add_argument("--text", action="append", default=[], help="text; may be given several times")
+    parser.add_argument(
+        "--classes",
+        nargs="?",
+        const="",
+        help="file of classes, one a line, of which the likeliest are told for each picture; without a name, those "
+        "that the policy was calibrated for",
+    )
     parser.add_argument("--out", help=".npz file for the embeddings: `image` [B, E], `text` [C, E]")
     found = parser.parse_args(args)
-    if not found.image and not found.text:
-        parser.error("give an --image or a --text")
+    if not found.image and (not found.text or found.classes is not None):
+        parser.error("give an --image" + ("" if found.classes is not None else " or a --text"))
     from lightning_mue.export import load_embedder
 
     engine = load_embedder(found.bundle)
+    if found.classes is not None:
+        _classify(engine, found.image, found.classes)
+        return
     image = engine.embed_images(_pictures(found.image)) if found.image else None
     text = engine.embed_texts(found.text) if found.text else None
     for name, part in (("image", image), ("text", text)):
@@ -176,6 +194,16 @@ def _embed(args: Sequence[str]) -> None:
         np.savez(buffer, **parts)
         write_bytes(Path(found.out), buffer.getvalue())
         print(found.out)
+
+
+def _classify(engine: Any, paths: Sequence[str], file: str) -> None:
+    """Print the five likeliest classes of each picture."""
+    lines = Path(file).read_text(encoding="utf-8").splitlines() if file else engine.policy.classes
+    classes = [line.strip() for line in lines if line.strip()]
+    for path, row in zip(paths, engine.classify(_pictures(paths), classes or None).tolist(), strict=True):
+        print(path)
+        for probability, name in sorted(zip(row, classes, strict=True), reverse=True)[:5]:
+            print(f"  {probability:.3f}  {name}")
 
 
 def _pictures(paths: Sequence[str]) -> list[Any]:

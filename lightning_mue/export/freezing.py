@@ -24,6 +24,7 @@ from lightning_mue.export.single_file import check_plain, export_graphs
 from lightning_mue.inference.check import check_policy
 from lightning_mue.inference.sessions import check_installed
 from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy_file import EMBED_POLICY
 from lightning_mue.portable.names import POLICY, PROCESSOR
 
 SINGLE_FILE = "single_file"
@@ -38,6 +39,7 @@ def freeze(
     table: str | None = None,
     runtime: str | None = None,
     graphs: bool = False,
+    embed_policy: ExitPolicy | None = None,
 ) -> Path:
     """Write a bundle: weights, config, policy, processor and model card; the same inputs give the same bytes.
 
@@ -57,11 +59,14 @@ def freeze(
         graphs: also write what runs before the decoder as single files for other programs (`export_graphs`), into
             the bundle's folder ``single_file``; needs a processor.
 
+        embed_policy: what embeddings obey (CalibrateEmbeddings), of a model that compares pictures with texts; that of
+            answers if not given. Not for graphs, which do not embed.
+
     Returns:
         The folder.
 
     Raises:
-        ValueError: the policy does not fit the model, or the folder holds something else than a bundle.
+        ValueError: a policy does not fit the model, or the folder holds something else than a bundle.
         TypeError: the model has no view, or the processor cannot be saved.
         ImportError: graphs are asked for, and onnx, onnxscript or onnxruntime is not installed.
     """
@@ -71,19 +76,17 @@ def freeze(
     if graphs:
         check_plain(model, policy)
         check_installed()
+    if runtime is not None and embed_policy is not None:
+        raise ValueError("A bundle of graphs does not embed; leave `embed_policy` out, or `runtime`.")
     target = Path(folder).resolve()  # a link keeps pointing to what is replaced
     _check_target(target)
     backbone = view(model)
-    check_policy(policy, backbone, attached(model))
     found = fingerprint(model)
-    if policy.fingerprint not in (None, found):
-        raise ValueError(
-            f"The policy was calibrated for weights with fingerprint {policy.fingerprint}, this model has {found}; "
-            "calibrate again."
-        )
-    policy = replace(policy, fingerprint=found)
+    policy = _of_model(policy, model, found)
     with _written_aside(target) as aside:
         policy.save(aside / POLICY)
+        if embed_policy is not None:
+            _of_model(embed_policy, model, found, embeds=True).save(aside / EMBED_POLICY)
         if processor is not None:
             processor.save(aside / PROCESSOR)
         facts = (processor is not None, runtime is not None, "input_ids" in backbone.generate_inputs)
@@ -99,6 +102,21 @@ def freeze(
             export_graphs(model, policy, aside / SINGLE_FILE, processor([Image.new("RGB", (32, 32))], ["a"]))
         write_manifest(aside)
     return Path(folder)
+
+
+def _of_model(policy: ExitPolicy, model: nn.Module, found: str, embeds: bool = False) -> ExitPolicy:
+    """Return the policy with the model's fingerprint, ``found``, after looking whether it is of this model."""
+    if embeds and view(model).contrastive is None:
+        raise ValueError(
+            f"`embed_policy` is for models that compare pictures with texts; {type(model).__name__} does not"
+        )
+    check_policy(policy, view(model), attached(model), embeds)
+    if policy.fingerprint not in (None, found):
+        raise ValueError(
+            f"The policy was calibrated for weights with fingerprint {policy.fingerprint}, this model has {found}; "
+            "calibrate again."
+        )
+    return replace(policy, fingerprint=found)
 
 
 def _as_processor(processor: Any) -> Processor:

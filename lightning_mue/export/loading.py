@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_mue.export.manifest import check_manifest
 from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy_file import EMBED_POLICY
 from lightning_mue.portable.names import GRAPH_WEIGHTS, GRAPHS, POLICY, PROCESSOR
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def load(
 def load_embedder(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> EmbedEngine:
     """Read a bundle of a model that compares pictures with texts, to embed them.
 
+    It obeys the bundle's policy of embeddings, and that of answers where there is none.
+
     Args:
         folder: of the bundle; one of modules, not of graphs.
         device: where the model goes.
@@ -54,7 +57,10 @@ def load_embedder(folder: str | os.PathLike[str], device: str | torch.device = "
     from lightning_mue.inference.embedding import EmbedEngine
 
     engine: Any = load(folder, device, "torch")
-    return EmbedEngine(engine.original, engine.policy, check_fingerprint=False, processor=engine.processor)
+    policy, file = engine.policy, Path(folder) / EMBED_POLICY
+    if file.is_file():
+        _check_same(Path(folder), EMBED_POLICY, policy := ExitPolicy.load(file), POLICY, engine.policy.fingerprint)
+    return EmbedEngine(engine.original, policy, check_fingerprint=False, processor=engine.processor)
 
 
 def _load(folder: Path, device: str | torch.device, runtime: str | None) -> ExitEngine:
@@ -64,7 +70,7 @@ def _load(folder: Path, device: str | torch.device, runtime: str | None) -> Exit
 
     _check_there(folder, CONFIG, WEIGHTS, POLICY)
     config, policy = read_config(folder), ExitPolicy.load(folder / POLICY)
-    _check_same(folder, policy, CONFIG, config["fingerprint"])
+    _check_same(folder, POLICY, policy, CONFIG, config["fingerprint"])
     model = load_files(folder, config).to(device)
     processor = Processor.load(folder / PROCESSOR) if (folder / PROCESSOR).is_dir() else None
     return ExitEngine(model, policy, check_fingerprint=False, processor=processor, runtime=runtime)
@@ -80,7 +86,7 @@ def _load_graphs(folder: Path, device: str | torch.device, runtime: str | None) 
         )
     _check_there(folder, GRAPH_WEIGHTS, POLICY)
     engine = PortableEngine(folder)
-    _check_same(folder, engine.policy, GRAPHS, engine.files.facts["fingerprint"])
+    _check_same(folder, POLICY, engine.policy, GRAPHS, engine.files.facts["fingerprint"])
     return engine
 
 
@@ -90,9 +96,9 @@ def _check_there(folder: Path, *names: str) -> None:
             raise ValueError(f"{folder} lacks {name!r}; copy the bundle again.")
 
 
-def _check_same(folder: Path, policy: ExitPolicy, file: str, fingerprint: str) -> None:
+def _check_same(folder: Path, name: str, policy: ExitPolicy, file: str, fingerprint: str) -> None:
     if policy.fingerprint != fingerprint:
         raise ValueError(
-            f"{folder} mixes files of different bundles: {POLICY} is of another model ({policy.fingerprint}) than "
+            f"{folder} mixes files of different bundles: {name} is of another model ({policy.fingerprint}) than "
             f"{file} ({fingerprint}). Copy the bundle again, or calibrate and freeze."
         )

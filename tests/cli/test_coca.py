@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import lightning_mue as mue_package
 from lightning_mue.checkpoint import load_checkpoint
@@ -37,7 +38,10 @@ def bundle(tmp_path_factory, shards):
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    recipe["trainer"]["callbacks"][0]["init_args"] = {"keep": 0.6, "metric": "consistency", "latency_repeats": 2}
+    answers, embeddings, _ = recipe["trainer"]["callbacks"]
+    answers["init_args"] = {"keep": 0.6, "metric": "consistency", "latency_repeats": 2}
+    embeddings["init_args"] = {"keep": 0.1, "metric": "recall_at_5", "candidates": 20, "latency_repeats": 2}
+    recipe["trainer"]["callbacks"] = [answers, embeddings]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     mue("fit", "-c", folder / "recipe.yaml")
     mue("calibrate", "-c", folder / "recipe.yaml")
@@ -94,6 +98,37 @@ def test_embeddings_leave_early_and_are_compared(bundle, capsys):
     ids = torch.zeros(2, 64, dtype=torch.long)  # padded as open_clip's tokenizer does
     ids[:, 0], ids[:, 1 : 1 + labels.shape[1]] = 1, labels.clamp(min=0)
     torch.testing.assert_close(engine.embed_texts(texts).vectors, module.model.coca.encode_text(ids))
+
+
+@torch.no_grad()
+def test_the_embedding_policy_beside_the_checkpoint_goes_into_the_bundle(bundle, tmp_path, capsys):
+    found = ExitPolicy.load(bundle / "embed_policy.json")  # of `mue calibrate`
+    assert found.certificate.promise.metric == "recall_at_5"
+    assert set(found.rules) <= {"vision"}
+    assert mue_package.load_embedder(bundle / "bundle").policy == found
+    assert mue_package.load(bundle / "bundle").policy != found
+    assert not (bundle / "graphs" / "embed_policy.json").exists()
+    classes = ("red circle", "red square", "blue square")
+    rule = {"vision": ExitRule("class_margin", (1, 2), (0.0, 0.0))}
+    ExitPolicy(rule, classes=classes).save(tmp_path / "by_class.json")
+    ckpt = ("--ckpt_path", bundle / "last.ckpt", "--embed-policy", tmp_path / "by_class.json")
+    mue("freeze", *ckpt, "--out", tmp_path / "bundle")
+    assert "Embeddings: vision: class_margin at 1, 2" in capsys.readouterr().out
+    engine = mue_package.load_embedder(tmp_path / "bundle")
+    (tmp_path / "classes.txt").write_text("red circle\n\nred square\nblue square\n")
+    for file in ((), (tmp_path / "classes.txt",)):
+        mue("embed", tmp_path / "bundle", "--image", bundle / "0.png", "--classes", *file)
+        told = capsys.readouterr().out.splitlines()
+        assert told[0] == str(bundle / "0.png")
+        probabilities = engine.classify([Image.open(bundle / "0.png")], classes)[0].tolist()
+        expected = sorted(zip(probabilities, classes, strict=True), reverse=True)
+        assert told[1:] == [f"  {probability:.3f}  {name}" for probability, name in expected]
+    with pytest.raises(SystemExit, match="does not embed"):
+        mue("freeze", *ckpt, "--out", tmp_path / "no", "--runtime", "onnxruntime")
+    ExitPolicy(fingerprint="of another").save(tmp_path / "other.json")
+    with pytest.raises(SystemExit, match="fingerprint of another"):
+        mue("freeze", *ckpt[:3], tmp_path / "other.json", "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_what_embed_refuses(bundle, fitted_once, tmp_path):

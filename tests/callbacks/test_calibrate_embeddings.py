@@ -1,0 +1,148 @@
+"""CalibrateEmbeddings on a plain project: candidates certify nothing, its policy embeds, `fit` is left alone."""
+
+from functools import cache
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_mue import CalibrateEmbeddings, EmbedEngine, ExitPolicy, ExitRule
+from lightning_mue.callbacks.text_search import TextSearch
+from tests import zoo
+from tests.inference.test_gallery import CLASSES, WORDS, Words
+
+SAMPLES = 120
+
+
+class Pairs(Dataset):
+    """Pictures with the class that the model itself sees in them, and a text that no other has; some of no class."""
+
+    def __init__(self, count=SAMPLES):
+        self.pixels = zoo.inputs("coca", SAMPLES)["pixel_values"][:count]
+        engine = EmbedEngine(zoo.shared("coca"), ExitPolicy(), processor=Words())
+        self.classes = (engine.images(self.pixels).vectors @ engine.embed_texts(CLASSES).vectors.T).argmax(-1)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        alone = " ".join(WORDS[index // 6**digit % 6] for digit in range(3))
+        texts = [CLASSES[self.classes[index]], alone] if index % 10 else [alone]
+        named = {"sample_id": f"s{index:03d}", "cluster": f"s{index:03d}"}
+        return {"pixel_values": self.pixels[index], "references": texts, **named}
+
+
+class Project(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model, self.processor = zoo.make("coca"), Words()
+
+    def training_step(self, batch, batch_idx):
+        return sum(p.sum() for p in self.model.mue_exits.gates.parameters()) * 1e-6
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def loader(count=SAMPLES):
+    def join(rows):
+        batch = {name: [row[name] for row in rows] for name in rows[0]}
+        return batch | {"pixel_values": torch.stack(batch["pixel_values"])}
+
+    return DataLoader(Pairs(count), 16, collate_fn=join)
+
+
+def calibrate(**options):
+    quick = {"latency_repeats": 1, "keep": 0.3, "candidates": 8, "metric": "recall_at_1", "confidence_level": 0.5}
+    return CalibrateEmbeddings(**(quick | options))
+
+
+@pytest.fixture
+def module():
+    return Project()
+
+
+PAIRS = cache(Pairs)
+
+
+def brute_force(module, policy, ids, search, candidates):
+    """Return the share of pictures whose best texts, of its own and the candidates, hold one of its own."""
+    engine, pairs, hits = EmbedEngine(module.model, policy, processor=Words()), PAIRS(), []
+    full = EmbedEngine(module.model, ExitPolicy(), processor=Words())
+    for index in (int(name[1:]) for name in ids):
+        own = search.own(pairs[index]["references"])
+        texts = sorted({*own, *candidates})
+        vectors = full.embed_texts(texts).vectors
+        order = (vectors @ engine.images(pairs[index]["pixel_values"][None]).vectors[0]).argsort(descending=True)
+        hits.append(any(texts[i] in own for i in order[: search.within]))
+    return sum(hits) / len(hits)
+
+
+@pytest.mark.parametrize("metric", ["recall_at_1", "top_1"])
+def test_it_certifies_what_brute_force_finds(module, make_trainer, tmp_path, metric):
+    classes = list(CLASSES) if metric == "top_1" else None
+    callback = calibrate(metric=metric, classes=classes)
+    make_trainer(callback).validate(module, loader(), verbose=False)
+    policy = ExitPolicy.load(tmp_path / "run" / "embed_policy.json")
+    assert policy == callback.policy
+    assert policy.certificate.kind == "certified"
+    assert policy.rules
+    assert policy.classes == (CLASSES if classes else ())
+    found, proposed = policy.certificate.evidence[0], set(callback.trace.sample_ids)
+    certified = set(callback._certifies)
+    assert not proposed & certified
+    counted = {f"s{i:03d}" for i in range(SAMPLES) if metric != "top_1" or i % 10}
+    assert proposed | certified == counted  # `top_1`: not those of no class
+    candidates = callback._subject.gallery.texts
+    own = {text for name in proposed for text in PAIRS()[int(name[1:])]["references"]}
+    assert set(candidates) <= (set(CLASSES) if classes else own)  # no text of a sample that certifies
+    assert len(candidates) == (len(CLASSES) if classes else 8)
+    for at, score in ((policy, found.score), (ExitPolicy(), found.score_full_depth)):
+        assert brute_force(module, at, sorted(certified), callback.search, candidates) == pytest.approx(score)
+    with pytest.raises(ValueError, match="fingerprint"):
+        EmbedEngine(zoo.shared("coca", 1), policy, processor=Words())
+
+
+def test_inside_fit_it_does_nothing(module, make_trainer, tmp_path):
+    callback = calibrate()
+    make_trainer(callback, num_sanity_val_steps=1).fit(module, loader(), loader())
+    assert callback.policy is None
+    assert callback.state_dict() == {}
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_refused(module, make_trainer):
+    with pytest.raises(ValueError, match=r"must be one of .*; CalibrateExits is for answers"):
+        CalibrateEmbeddings(metric="cider")
+    with pytest.raises(ValueError, match="tells `classes` apart"):
+        CalibrateEmbeddings(metric="top_1")
+    with pytest.raises(ValueError, match="must be more than 5"):
+        CalibrateEmbeddings(candidates=5)
+    with pytest.raises(ValueError, match=r"must hold one \{\}"):
+        CalibrateEmbeddings(classes=["a", "b"], template="a photo")
+    with pytest.raises(ValueError, match="`keep` must lie in"):
+        CalibrateEmbeddings(keep=1.0)
+    with pytest.raises(ValueError, match=r"needs more than 10 distinct texts .* has \d"):
+        make_trainer(calibrate(metric="recall_at_10", candidates=11)).validate(module, loader(12), verbose=False)
+    module.model = zoo.make("florence2")
+    with pytest.raises(ValueError, match="compares no pictures with texts"):
+        make_trainer(calibrate()).validate(module, loader(), verbose=False)
+
+
+def test_the_draw_knows_no_order_and_the_template_makes_texts_of_names():
+    texts = [f"text {i}" for i in range(50)]
+    search = TextSearch("recall_at_5", candidates=20)
+    assert search.among(texts) == search.among([*reversed(texts), *texts])
+    assert len(set(search.among(texts))) == 20
+    assert search.among(texts) != TextSearch("recall_at_5", 20, seed=1).among(texts)
+    assert search.own(["x", "y"]) == ["x", "y"]
+    search = TextSearch("top_1", classes=("dog", "cat"), template="a photo of a {}")
+    assert search.among(texts) == ("a photo of a dog", "a photo of a cat")
+    assert search.own(["cat", "a cat"]) == ["a photo of a cat"]
+    assert search.own(["bird"]) == []
+    rule = ExitRule("class_margin", (1,), (0.5,))
+    assert ExitPolicy({"vision": rule}, classes=search.class_texts).classes == ("a photo of a dog", "a photo of a cat")

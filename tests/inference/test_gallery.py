@@ -1,0 +1,186 @@
+"""Pictures among fixed texts: against brute force, torchmetrics and open_clip's own embeddings; exits as simulated."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.retrieval import RetrievalHitRate
+
+from lightning_mue.calibration import simulate
+from lightning_mue.inference.embed_profile import measure_embedding
+from lightning_mue.inference.embed_record import record_embeddings
+from lightning_mue.inference.embedding import EmbedEngine
+from lightning_mue.inference.gallery import Gallery, places
+from lightning_mue.policy import ExitPolicy, ExitRule
+from tests import reference, zoo
+
+ROWS = 12
+WORDS = ["red", "green", "blue", "square", "circle", "cross"]
+CLASSES = tuple(f"a {color} {shape}" for color in WORDS[:3] for shape in WORDS[3:])
+SIGNALS = ("similarity", "gate", "pooled_similarity", "class_margin")
+
+
+class Words:
+    """A processor of texts for a vocabulary this small: a word is a token."""
+
+    def labels(self, texts):
+        ids = [[5 + ["a", *WORDS].index(word) for word in text.split()] + [zoo.END] for text in texts]
+        longest = max(map(len, ids))
+        return torch.tensor([row + [-100] * (longest - len(row)) for row in ids])
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Words()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.shared("coca")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return zoo.inputs("coca", ROWS)["pixel_values"]
+
+
+def unit(rows, seed):
+    return torch.nn.functional.normalize(torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_recall_of_each_picture_is_that_of_torchmetrics_on_its_own_ranking(k):
+    image_BE, candidate_CE, counts = unit(40, 0), unit(30, 1), [1 + row % 3 for row in range(40)]
+    row_R = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)])
+    own_RE, is_own_BC = unit(len(row_R), 2), torch.rand(40, 30, generator=torch.Generator().manual_seed(3)) < 0.05
+    for row, column in is_own_BC.nonzero().tolist():  # a candidate that is an own text has that text's vector
+        own_RE[(row_R == row).nonzero()[0, 0]] = candidate_CE[column]
+    place_B = places(image_BE, own_RE, row_R, candidate_CE, is_own_BC)
+    hit_rate, expected = RetrievalHitRate(top_k=k), []
+    for row in range(40):  # all own texts, and the candidates that are none of them
+        texts = torch.cat([own_RE[row_R == row], candidate_CE[~is_own_BC[row]]])
+        right = torch.arange(len(texts)) < counts[row]
+        expected.append(float(hit_rate(texts @ image_BE[row], right, torch.zeros(len(texts), dtype=torch.long))))
+    assert (place_B < k).double().tolist() == expected
+    assert 0 < sum(expected) < 40
+
+
+def test_ties_count_against_a_picture():
+    alike = torch.ones(4, 8) / math.sqrt(8)
+    place_B = places(alike[:2], alike[:2], torch.arange(2), alike, torch.zeros(2, 4, dtype=torch.bool))
+    assert place_B.tolist() == [4, 4]
+
+
+@torch.no_grad()
+def test_zero_shot_is_open_clips_and_accuracy_that_of_torchmetrics(model, processor, pixels):
+    engine = EmbedEngine(model, ExitPolicy(classes=CLASSES), processor=processor)
+    ids = torch.full((len(CLASSES), 64), zoo.PAD)
+    labels = processor.labels(CLASSES)
+    ids[:, 0], ids[:, 1 : 1 + labels.shape[1]] = zoo.START, labels.clamp(min=0)
+    image_BE, text_CE = model.coca.encode_image(pixels), model.coca.encode_text(ids)
+    expected = (model.coca.logit_scale.exp() * image_BE @ text_CE.T).softmax(-1)
+    found = engine.contrastive.logits(engine.images(pixels).vectors, engine.classes_CE).softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    label_B = torch.arange(ROWS) % len(CLASSES)
+    right = Gallery(engine, CLASSES).places(image_BE, [[CLASSES[label]] for label in label_B]) < 1
+    accuracy = MulticlassAccuracy(len(CLASSES), average="micro")
+    assert right.float().mean() == accuracy(expected, label_B)
+
+
+@torch.no_grad()
+def test_signals_are_of_the_embedding_that_leaving_gives(model, processor, pixels):
+    engine = EmbedEngine(model, ExitPolicy(classes=CLASSES), processor=processor)
+    trace = record(engine, pixels)
+    margins = []
+    for k in (1, 2, 3):
+        with reference.left_after(model, "vision", k):
+            logits_BC = engine.contrastive.logits(model.coca.encode_image(pixels), engine.classes_CE)
+        best, second = logits_BC.softmax(-1).topk(2).values.unbind(1)
+        margins.append(best - second)
+    np.testing.assert_allclose(trace.streams["vision"].scores["class_margin"], torch.stack(margins, 1), atol=1e-5)
+    stream, exits, cosines = engine.contrastive.image, engine.exits, []
+    state = stream.prologue({"pixel_values": pixels}, {})
+    for k in (1, 2, 3):
+        before, state.h_BTD = state.h_BTD, stream.layer(k, state)
+        two = [engine.contrastive.image_embedding(state.at(exits.adapt("vision", k, h))) for h in (before, state.h_BTD)]
+        cosines.append((two[0] * two[1]).sum(-1))
+    found = trace.streams["vision"].scores["pooled_similarity"]
+    np.testing.assert_allclose(found, torch.stack(cosines, 1), atol=1e-5)
+
+
+def own_texts(rows):
+    return [[CLASSES[row % len(CLASSES)]] for row in range(rows)]
+
+
+def record(engine, pixels):
+    gallery = Gallery(engine, CLASSES)
+
+    def score(vectors_BE):
+        return (gallery.places(vectors_BE, own_texts(ROWS)) < 3).double().numpy()
+
+    names = [f"s{row:02d}" for row in range(ROWS)]
+    meta = {"classes": list(CLASSES)}
+    return record_embeddings(engine, pixels, names, names, [""] * ROWS, "recall_at_5", score, meta)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_the_engine_does_what_simulation_says(model, processor, pixels, signal):
+    """Depths and scores, exactly; rows leave at several layers; a batch is its rows one by one."""
+    whole = EmbedEngine(model, ExitPolicy(classes=CLASSES), processor=processor)
+    trace, gallery = record(whole, pixels), Gallery(whole, CLASSES)
+    latency = measure_embedding(whole, pixels[:1], repeats=1)
+    assert latency.streams["vision"].signal_ms.keys() == {*SIGNALS}
+    scores = trace.streams["vision"].scores[signal]
+    thresholds = [float(np.median(scores[:, e]) + 1e-4) for e in range(3)]
+    policy = ExitPolicy({"vision": ExitRule(signal, (1, 2, 3), thresholds)}, classes=CLASSES)
+    engine = EmbedEngine(model, policy, processor=processor)
+    found, expected = engine.images(pixels), simulate(trace, policy, latency)
+    assert found.depths.tolist() == expected.depths["vision"].tolist()
+    assert len(set(found.depths.tolist())) > 2
+    hits = (gallery.places(found.vectors, own_texts(ROWS)) < 3).double()
+    assert hits.tolist() == expected.score["recall_at_5"].tolist()
+    for row in range(ROWS):
+        alone = engine.images(pixels[row : row + 1])
+        torch.testing.assert_close(found.vectors[row], alone.vectors[0], rtol=1e-5, atol=1e-6)
+        rules = {"vision": ExitRule.static(int(alone.depths))} if alone.depths < 4 else {}
+        static = EmbedEngine(model, ExitPolicy(rules)).images(pixels[row : row + 1])
+        torch.testing.assert_close(alone.vectors, static.vectors)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_thresholds_out_of_reach_are_full_depth(model, processor, pixels, signal):
+    policy = ExitPolicy({"vision": ExitRule(signal, (1, 2, 3), [math.inf] * 3)}, classes=CLASSES)
+    found = EmbedEngine(model, policy, processor=processor).images(pixels)
+    assert torch.equal(found.vectors, EmbedEngine(model, ExitPolicy()).images(pixels).vectors)
+    assert found.depths.tolist() == [4] * ROWS
+
+
+@torch.no_grad()
+def test_an_accepted_exit_makes_its_embedding_once(model, processor, pixels, monkeypatch):
+    policy = ExitPolicy({"vision": ExitRule("class_margin", (1,), (0.0,))}, classes=CLASSES)
+    engine, calls = EmbedEngine(model, policy, processor=processor), []
+    whole = engine.contrastive.image_embedding
+    monkeypatch.setattr(engine.contrastive, "image_embedding", lambda state: calls.append(1) or whole(state))
+    assert engine.images(pixels).depths.tolist() == [1] * ROWS
+    assert len(calls) == 1
+
+
+def test_what_is_refused(model, processor):
+    rule = ExitRule("class_margin", (1,), (0.5,))
+    with pytest.raises(ValueError, match="needs two or more; got \\[\\]"):
+        ExitPolicy({"vision": rule})
+    with pytest.raises(ValueError, match="no processor"):
+        EmbedEngine(model, ExitPolicy({"vision": rule}, classes=CLASSES))
+    with pytest.raises(ValueError, match="names no classes"):
+        EmbedEngine(model, ExitPolicy(), processor=processor).classify([])
+    from lightning_mue import ExitEngine
+
+    for signal in ("class_margin", "pooled_similarity"):
+        policy = ExitPolicy({"vision": ExitRule(signal, (1,), (0.5,))}, classes=CLASSES)
+        with pytest.raises(ValueError, match=f"Signal '{signal}' of 'vision' is about embeddings"):
+            ExitEngine(model, policy)
+        assert ExitPolicy.from_json(policy.to_json()) == policy
