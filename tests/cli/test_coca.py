@@ -22,12 +22,12 @@ def bundle(tmp_path_factory, shards):
     backbone["vision_cfg"] |= {"patch_size": 8, "width": 32, "layers": 3, "head_width": 8, "attn_pooler_queries": 5}
     for name, layers in (("text_cfg", 2), ("multimodal_cfg", 3)):
         backbone[name] |= {"width": 32, "layers": layers}
-    backbone["text_cfg"]["vocab_size"] = 300
+    backbone["text_cfg"]["vocab_size"] = 320
     backbone["generation_config"]["max_new_tokens"] = 4
     recipe["model"]["exits"] = {"vision": [1, 2], "text": [1], "decoder": [3, 4], "adapter_width": 8, "gate_width": 8}
     recipe["model"]["early_after"] = 0.0
     recipe["data"] |= {name: str(shards) for name in ("train", "val", "test")}
-    recipe["data"] |= {"vocab_size": 300, "batch_size": 16, "eval_batch_size": 32, "select": 0.2}
+    recipe["data"] |= {"vocab_size": 320, "batch_size": 16, "eval_batch_size": 32, "select": 0.2}
     recipe["trainer"] |= {
         "max_steps": 8,
         "val_check_interval": 4,
@@ -48,7 +48,7 @@ def bundle(tmp_path_factory, shards):
     rules = {"vision": ExitRule.static(1), "text": ExitRule.static(1), "decoder": ExitRule.static(4)}
     ExitPolicy(rules).save(folder / "static.json")
     ckpt = ("--ckpt_path", folder / "last.ckpt", "--policy", folder / "static.json")
-    mue("freeze", *ckpt, "--out", folder / "bundle")
+    mue("freeze", *ckpt, "--out", folder / "bundle", "--embed-policy", folder / "static.json")
     mue("freeze", *ckpt, "--out", folder / "graphs", "--runtime", "onnxruntime")
     pictures = [data for name, data in members_of(shards / "test-000.tar").items() if name.endswith(".png")][:2]
     for i, data in enumerate(pictures):
@@ -105,8 +105,9 @@ def test_the_embedding_policy_beside_the_checkpoint_goes_into_the_bundle(bundle,
     found = ExitPolicy.load(bundle / "embed_policy.json")  # of `mue calibrate`
     assert found.certificate.promise.metric == "recall_at_5"
     assert set(found.rules) <= {"vision"}
-    assert mue_package.load_embedder(bundle / "bundle").policy == found
-    assert mue_package.load(bundle / "bundle").policy != found
+    mue("freeze", "--ckpt_path", bundle / "last.ckpt", "--out", tmp_path / "bundle")
+    assert mue_package.load_embedder(tmp_path / "bundle").policy == found
+    assert mue_package.load(tmp_path / "bundle").policy == ExitPolicy.load(bundle / "policy.json")
     assert not (bundle / "graphs" / "embed_policy.json").exists()
     classes = ("red circle", "red square", "blue square")
     rule = {"vision": ExitRule("class_margin", (1, 2), (0.0, 0.0))}
