@@ -1,12 +1,13 @@
-"""What embedding pictures costs and finds: full depth, static depths, a certified policy, and the ceiling.
+"""What embedding pictures costs and finds: full depth, every static depth, and a certified policy.
 
-    python benchmarks/embed.py --ckpt_path runs/coca_scenes/last.ckpt --name scenes --classes classes.txt
+    python benchmarks/embed.py --ckpt_path runs/coca_scenes/last.ckpt --name scenes
 
-Pictures of the recipe's test data look for their own texts among candidates (texts of its calibration data: nothing
-tested is in them) and, with classes, for their class. Quality of every line is on all pictures, its share of full
-depth's with an interval from clusters drawn again in pairs. Time is CPU time of one thread, all lines in turn, in a new
-order each round. 'First exit' always leaves there: the most that exits can save. Policies are those beside the
-checkpoint unless they are named. Writes ``benchmarks/results/embed_<name>_<date>.md``.
+Pictures of the recipe's test data look for their own texts among the candidates that the policy was calibrated with
+(texts of the data that proposed it: nothing tested is in them); those of a class, for their class. Without a policy
+candidates and classes are those of the command line. Quality is on all pictures that count, its share of full depth's
+with an interval from clusters drawn again in pairs. Time is CPU time of one thread on some of these pictures, all lines
+in turn, in a new order each round. The first static depth is the ceiling: the most that exits can save. Writes
+``benchmarks/results/embed_<name>_<date>.md``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,35 +29,48 @@ from torch import Tensor
 
 from lightning_mue.calibration.bootstrap import kept_interval
 from lightning_mue.calibration.clusters import cluster_means
-from lightning_mue.callbacks.batches import Batch
+from lightning_mue.callbacks.batches import Batch, rows_of
 from lightning_mue.callbacks.text_search import TextSearch
 from lightning_mue.files import write_text
 from lightning_mue.inference.embedding import EmbedEngine
 from lightning_mue.inference.gallery import Gallery
 from lightning_mue.policy import ExitPolicy, ExitRule
-from lightning_mue.policy_file import find_embed_policy
 
 RESULTS = Path(__file__).parent / "results"
-FULL, FIRST, RETRIEVAL, CLASSES = "full depth", "first exit", "policy of retrieval", "policy of classes"
-TARGETS = {"recall_at_5": (RETRIEVAL, "r5"), "top_1": (CLASSES, "top1")}
+FULL, POLICY = "full depth", "calibrated"
+TASKS = {"retrieval": ("embed_policy.json", "recall_at_5", "r5"), "zero-shot": ("top_1_policy.json", "top_1", "top1")}
+"""Task -> its policy beside the checkpoint, the metric of its figures, and what they are called."""
 KEPT, SPEEDUP, CONFIDENCE = 0.99, 1.5, 0.95
 
 
 @dataclass(frozen=True)
-class Question:
-    """What pictures are scored by: a search, its gallery, and the pictures of each batch that count."""
+class Task:
+    """What pictures are asked to find, and which.
 
-    search: TextSearch
+    Args:
+        name: one of ``TASKS``.
+        searches: by metric.
+        gallery: what all of them look among.
+        engines: the lines, full depth first.
+        batches: of the pictures that count.
+    """
+
+    name: str
+    searches: Mapping[str, TextSearch]
     gallery: Gallery
+    engines: Mapping[str, EmbedEngine]
+    batches: Sequence[Batch]
 
-    def score(self, batch: Batch, image_BE: Tensor) -> np.ndarray:
-        """Return 1 where a picture finds a text of its own, 0 where not, nan where it does not count: ``[B]``."""
-        own = [self.search.own(references) for references in batch["references"]]
-        found_B, rows = np.full(len(own), np.nan), [row for row, texts in enumerate(own) if texts]
-        if rows:
-            places = self.gallery.places(image_BE[rows], [own[row] for row in rows])
-            found_B[rows] = (places < self.search.within).numpy()
-        return found_B
+    @property
+    def clusters(self) -> list[str]:
+        """Of every picture."""
+        return [cluster for batch in self.batches for cluster in batch["cluster"]]
+
+    def scores(self, batch: Batch, image_BE: Tensor) -> dict[str, np.ndarray]:
+        """Return metric -> 1 where a picture finds a text of its own, 0 where not: ``[B]``."""
+        search = next(iter(self.searches.values()))
+        places = self.gallery.places(image_BE, [search.own(references) for references in batch["references"]])
+        return {metric: (places < search.within).double().numpy() for metric, search in self.searches.items()}
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Line:
     """What one line found and took.
 
     Args:
-        scores: metric -> score of each picture, ``[n]``; nan where it does not count.
+        scores: metric -> score of each picture, ``[n]``.
         depth: mean layers run.
         ms: batch size -> CPU milliseconds a picture, ``[repeats]``.
     """
@@ -78,96 +93,84 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ckpt_path", required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--data", help="the shards, if they lie elsewhere than in training")
-    parser.add_argument("--policy", help="of retrieval; embed_policy.json beside the checkpoint if not given")
-    parser.add_argument("--class-policy", help="of classes; top_1_policy.json beside the checkpoint if not given")
-    parser.add_argument("--classes", help="file of classes, one a line, as references name them")
-    parser.add_argument("--template", default="{}", help="makes a text of a class's name")
-    parser.add_argument("--candidates", type=int, default=1000)
+    parser.add_argument("--policies", help="folder of embed_policy.json and top_1_policy.json, if not the checkpoint's")
+    parser.add_argument("--candidates", type=int, default=1000, help="of retrieval, without a policy")
+    parser.add_argument("--classes", help="file of classes, one a line, without a policy")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--timed-pictures", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=str(RESULTS), help="folder; only in the usual one are targets noted too")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     module, data = load_run(args.ckpt_path, **({} if args.data is None else {"train": args.data}))
-    batches = list(data.test_dataloader())
-    engines = lines(module.model, data.processor, policies(args))
-    asked = questions(args, engines[FULL], [s.references for s in data.calibration_samples.samples])
-    found = measure(engines, asked, batches, args)
-    clusters = [cluster for batch in batches for cluster in batch["cluster"]]
+    tasks = [task for name in TASKS if (task := make_task(name, module.model, data, args)) is not None]
+    found = {task.name: measure(task, args) for task in tasks}
     target = Path(args.out) / f"embed_{args.name}_{today()}.md"
-    write_text(target, report(found, engines, clusters, args))
+    write_text(target, report(tasks, found, args))
     if target.parent == RESULTS:
-        for name, value, wanted, unit in figures(found, clusters):
-            note(f"embed_{args.name}_{name}", value, wanted, "higher", unit, command(args), where(1))
+        for task in tasks:
+            for name, value, wanted, unit in figures(task, found[task.name]):
+                note(f"embed_{args.name}_{name}", value, wanted, "higher", unit, command(args), where(1))
     print(target.read_text())
 
 
-def policies(args: argparse.Namespace) -> dict[str, ExitPolicy]:
-    """Return the policies that were calibrated."""
-    beside = Path(args.ckpt_path).parent / "top_1_policy.json"
-    named = args.class_policy or (str(beside) if beside.exists() else None)
-    found = {RETRIEVAL: find_embed_policy(args.policy, args.ckpt_path)}
-    found |= {CLASSES: ExitPolicy.load(named) if named is not None else None}
-    return {name: policy for name, policy in found.items() if policy is not None}
+def make_task(name: str, model: torch.nn.Module, data: Any, args: argparse.Namespace) -> Task | None:
+    """Return a task with its lines; None where there are no classes to tell apart."""
+    path = Path(args.policies or Path(args.ckpt_path).parent) / TASKS[name][0]
+    policy = ExitPolicy.load(path) if path.exists() else None
+    settings = policy.certificate.decode if policy is not None and policy.certificate is not None else {}
+    if name == "retrieval":
+        size, seed = settings.get("candidates", args.candidates), settings.get("candidates_seed", 0)
+        searches = {metric: TextSearch(metric, size, seed) for metric in ("recall_at_1", "recall_at_5", "recall_at_10")}
+    else:
+        classes, template = settings.get("classes") or lines_of(args.classes), settings.get("template", "{}")
+        if not classes:
+            return None
+        searches = {"top_1": TextSearch("top_1", classes=tuple(classes), template=template)}
+    engines = lines(model, data.processor, policy)
+    proposes = (s for s in data.calibration_samples.samples if data.split_of(s.cluster) == "propose")
+    search = searches[TASKS[name][1]]
+    gallery = Gallery(engines[FULL], search.among(text for sample in proposes for text in sample.references))
+    counted = (rows_of(b, [bool(search.own(refs)) for refs in b["references"]]) for b in data.test_dataloader())
+    return Task(name, searches, gallery, engines, [batch for batch in counted if batch["sample_id"]])
 
 
-def lines(model: torch.nn.Module, processor: object, calibrated: Mapping[str, ExitPolicy]) -> dict[str, EmbedEngine]:
-    """Return name -> engine: full depth, every static depth, what was calibrated, and the first exit, always."""
+def lines_of(path: str | None) -> tuple[str, ...]:
+    """Return the lines of a file that hold something."""
+    text = "" if path is None else Path(path).read_text(encoding="utf-8")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def lines(model: torch.nn.Module, processor: object, calibrated: ExitPolicy | None) -> dict[str, EmbedEngine]:
+    """Return name -> engine: full depth, every static depth, and what was calibrated."""
     whole = EmbedEngine(model, ExitPolicy(), processor=processor)
     exits, stream = whole.exits, whole.contrastive.image.name
     layers = exits.layers.get(stream, ()) if exits is not None else ()
-    static = {f"static {k}": ExitPolicy({stream: ExitRule.static(k)}) for k in layers}
-    named = {**static, **calibrated, FIRST: static[f"static {layers[0]}"]}
+    named = {f"static {k}": ExitPolicy({stream: ExitRule.static(k)}) for k in layers}
+    named |= {POLICY: calibrated} if calibrated is not None else {}
     return {FULL: whole} | {name: EmbedEngine(model, policy, processor=processor) for name, policy in named.items()}
 
 
-def questions(args: argparse.Namespace, whole: EmbedEngine, references: Sequence[Sequence[str]]) -> dict[str, Question]:
-    """Return metric -> question; recalls look among one draw of candidates."""
-    texts, found = [text for of_one in references for text in of_one], {}
-    drawn = TextSearch("recall_at_10", args.candidates, args.seed).among(texts)
-    gallery = Gallery(whole, drawn)
-    for metric in ("recall_at_1", "recall_at_5", "recall_at_10"):
-        found[metric] = Question(TextSearch(metric, args.candidates, args.seed), gallery)
-    if args.classes is not None:
-        named = [line.strip() for line in Path(args.classes).read_text(encoding="utf-8").splitlines()]
-        search = TextSearch("top_1", classes=tuple(name for name in named if name), template=args.template)
-        found["top_1"] = Question(search, Gallery(whole, search.class_texts))
-    return found
-
-
-def measure(
-    engines: Mapping[str, EmbedEngine],
-    asked: Mapping[str, Question],
-    batches: Sequence[Batch],
-    args: argparse.Namespace,
-) -> dict[str, Line]:
-    """Return what every line found in all batches, and took for some pictures."""
-    pixels = torch.cat([batch["pixel_values"] for batch in batches])[: args.timed_pictures]
-    ms = {size: timed(engines, pixels, size, args.repeats, args.seed) for size in args.batch_sizes}
+def measure(task: Task, args: argparse.Namespace) -> dict[str, Line]:
+    """Return what every line found in all pictures, and took for some of them."""
+    pixels = torch.cat([batch["pixel_values"] for batch in task.batches])[: args.timed_pictures]
+    ms = {size: timed(task.engines, pixels, size, args.repeats) for size in args.batch_sizes}
     found = {}
-    for name, engine in engines.items():
-        embedded = [engine.images(batch["pixel_values"]) for batch in track(batches, description=name)]
-        scores = {
-            metric: np.concatenate(
-                [question.score(batch, part.vectors) for batch, part in zip(batches, embedded, strict=True)]
-            )
-            for metric, question in asked.items()
-        }
+    for name, engine in task.engines.items():
+        embedded = [engine.images(batch["pixel_values"]) for batch in track(task.batches, description=name)]
+        parts = [task.scores(batch, part.vectors) for batch, part in zip(task.batches, embedded, strict=True)]
+        scores = {metric: np.concatenate([part[metric] for part in parts]) for metric in task.searches}
         depth = float(torch.cat([part.depths for part in embedded]).double().mean())
         found[name] = Line(scores, depth, {size: ms[size][name] for size in ms})
     return found
 
 
-def timed(
-    engines: Mapping[str, EmbedEngine], pixels: Tensor, size: int, repeats: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Return name -> CPU milliseconds a picture in each round, ``[repeats]``; every round has an order of its own."""
+def timed(engines: Mapping[str, EmbedEngine], pixels: Tensor, size: int, repeats: int) -> dict[str, np.ndarray]:
+    """Return name -> CPU milliseconds a picture in each round, ``[repeats]``; every batch has an order of its own."""
     parts, names = [part for part in pixels.split(size) if len(part) == size], list(engines)
     if not parts:
         raise ValueError(f"Batches of {size} need that many pictures to time, there are {len(pixels)}")
-    rng, ms = np.random.default_rng(seed), {name: np.zeros((repeats, len(parts))) for name in engines}
+    rng, ms = np.random.default_rng(0), {name: np.zeros((repeats, len(parts))) for name in engines}
     for name in names:
         engines[name].images(parts[0])
     for turn in track(range(repeats), description=f"batches of {size}"):
@@ -181,73 +184,71 @@ def timed(
 
 def kept(line: Line, full: Line, metric: str, clusters: Sequence[str]) -> tuple[float, float, str]:
     """Return a line's score, its share of full depth's, and that share's interval in words."""
-    counted = ~np.isnan(full.scores[metric])
-    mine, whole = line.scores[metric][counted], full.scores[metric][counted]
-    names = [cluster for cluster, counts in zip(clusters, counted, strict=True) if counts]
-    score, of_full = cluster_means(mine, names).mean(), cluster_means(whole, names).mean()
-    interval = kept_interval(metric, mine, whole, names, CONFIDENCE, 0)
+    mine, whole = line.scores[metric], full.scores[metric]
+    score, of_full = float(cluster_means(mine, clusters).mean()), float(cluster_means(whole, clusters).mean())
+    interval = kept_interval(metric, mine, whole, clusters, CONFIDENCE, 0)
     words = "" if interval is None else " ({:.1%} to {:.1%})".format(*interval)
-    return float(score), float(score / of_full) if of_full else float("nan"), words
+    return score, score / of_full if of_full else float("nan"), words
 
 
-def figures(found: Mapping[str, Line], clusters: Sequence[str]) -> list[tuple[str, float, float, str]]:
-    """Return the promised figures: name, value, target, unit."""
-    result = []
-    for metric, (line, short) in TARGETS.items():
-        if line in found and metric in found[line].scores:
-            share = kept(found[line], found[FULL], metric, clusters)[1]
-            result.append((f"kept_{short}", share, KEPT, "share of full depth's"))
-            for size, ms in found[line].ms.items():
-                gain = float(np.median(found[FULL].ms[size] / ms))
-                name = ("speedup" if short == "r5" else f"speedup_{short}") + ("" if size == 1 else f"_b{size}")
-                result.append((name, gain, SPEEDUP, "times as fast as full depth"))
+def figures(task: Task, found: Mapping[str, Line]) -> list[tuple[str, float, float, str]]:
+    """Return the promised figures: name, value, target, unit; none without a policy."""
+    if POLICY not in found:
+        return []
+    _, metric, short = TASKS[task.name]
+    share = kept(found[POLICY], found[FULL], metric, task.clusters)[1]
+    result = [(f"kept_{short}", share, KEPT, "share of full depth's")]
+    for size, ms in found[POLICY].ms.items():
+        name = ("speedup" if short == "r5" else f"speedup_{short}") + ("" if size == 1 else f"_b{size}")
+        result.append((name, float(np.median(found[FULL].ms[size] / ms)), SPEEDUP, "times as fast as full depth"))
     return result
 
 
-def report(
-    found: Mapping[str, Line], engines: Mapping[str, EmbedEngine], clusters: Sequence[str], args: argparse.Namespace
-) -> str:
+def report(tasks: Sequence[Task], found: Mapping[str, Mapping[str, Line]], args: argparse.Namespace) -> str:
     """Return the page."""
-    full = found[FULL]
-    metrics, sizes = list(full.scores), list(full.ms)
-    counted = {metric: int((~np.isnan(scores)).sum()) for metric, scores in full.scores.items()}
     text = (
-        f"# Embeddings of {args.name}\n\n{where(1)}; {today()}. Quality on {len(clusters)} pictures "
-        f"({', '.join(f'{metric}: {n}' for metric, n in counted.items())}) in {len(set(clusters))} clusters that "
-        f"neither trained nor calibrated; {args.candidates} candidates; shares of full depth's with "
-        f"{CONFIDENCE:.0%} intervals (paired bootstrap of clusters). CPU ms a picture on {args.timed_pictures} of "
-        f"them, {args.repeats} rounds, all lines in turn in random order; medians with quartiles, ratios paired by "
-        "round.\n\n"
+        f"# Embeddings of {args.name}\n\n{where(1)}; {today()}. Quality on test pictures that neither trained nor "
+        f"calibrated; shares of full depth's with {CONFIDENCE:.0%} intervals (paired bootstrap of clusters). CPU ms a "
+        f"picture on at most {args.timed_pictures} of them, {args.repeats} rounds, all lines in turn in random order; "
+        "medians with quartiles, ratios paired by round.\n"
     )
-    columns = ["line", "mean depth", *(f"ms, batch {size}" for size in sizes)]
-    columns += [f"times as fast, batch {size}" for size in sizes]
-    columns += [name for metric in metrics for name in (metric, "kept")]
-    text += f"| {' | '.join(columns)} |\n| --- {'| ---: ' * (len(columns) - 1)}|\n"
+    for task in tasks:
+        text += f"\n## {task.name}: {len(task.clusters)} pictures in {len(set(task.clusters))} clusters, "
+        text += f"{len(task.gallery.texts)} texts to look among\n\n{table(task, found[task.name])}"
+        if promised := figures(task, found[task.name]):
+            policy = task.engines[POLICY].policy
+            words = policy.certificate.in_words() if policy.certificate is not None else "Not calibrated."
+            text += f"\nCalibrated: {policy.depths_in_words()}. {words}\n"
+            text += "\n| figure | measured | promised | |\n| --- | ---: | ---: | --- |\n"
+            for name, value, target, _unit in promised:
+                verdict = "kept" if value >= target else "not kept"
+                text += f"| {name} | {value:.3f} | >= {target} | {verdict} |\n"
+    return text
+
+
+def table(task: Task, found: Mapping[str, Line]) -> str:
+    """Return the lines of one task."""
+    full = found[FULL]
+    columns = ["line", "mean depth", *(f"ms, batch {size}" for size in full.ms)]
+    columns += [f"times as fast, batch {size}" for size in full.ms]
+    columns += [name for metric in full.scores for name in (metric, "kept")]
+    text = f"| {' | '.join(columns)} |\n| --- {'| ---: ' * (len(columns) - 1)}|\n"
     for name, line in found.items():
-        cells = [name, f"{line.depth:.2f}", *(spread(line.ms[size], 3) for size in sizes)]
-        cells += [spread(full.ms[size] / line.ms[size], 2) for size in sizes]
-        for metric in metrics:
-            score, share, words = kept(line, full, metric, clusters)
+        cells = [name, f"{line.depth:.2f}", *(spread(ms, 3) for ms in line.ms.values())]
+        cells += [spread(full.ms[size] / ms, 2) for size, ms in line.ms.items()]
+        for metric in full.scores:
+            score, share, words = kept(line, full, metric, task.clusters)
             cells += [f"{score:.4f}", f"{share:.1%}{words}"]
         text += f"| {' | '.join(cells)} |\n"
-    text += "\n| figure | measured | promised | |\n| --- | ---: | ---: | --- |\n"
-    for name, value, target, _unit in figures(found, clusters):
-        text += f"| {name} | {value:.3f} | >= {target} | {'kept' if value >= target else 'not kept'} |\n"
-    for name in (RETRIEVAL, CLASSES):
-        if name in engines:
-            policy = engines[name].policy
-            words = policy.certificate.in_words() if policy.certificate is not None else "Not calibrated."
-            text += f"\n{name[0].upper()}{name[1:]}: {policy.depths_in_words()}. {words}\n"
     return text
 
 
 def command(args: argparse.Namespace) -> str:
     """Return the command line that measures this again, without the names of folders here."""
-    sizes = " ".join(map(str, args.batch_sizes))
-    classes = f" --classes CLASSES --template '{args.template}'" if args.classes is not None else ""
+    sizes, classes = " ".join(map(str, args.batch_sizes)), " --classes CLASSES" if args.classes is not None else ""
     return (
-        f"python benchmarks/embed.py --ckpt_path CKPT --name {args.name}{classes} --candidates {args.candidates} "
-        f"--batch-sizes {sizes} --timed-pictures {args.timed_pictures} --repeats {args.repeats} --seed {args.seed}"
+        f"python benchmarks/embed.py --ckpt_path CKPT --name {args.name} --candidates {args.candidates}{classes} "
+        f"--batch-sizes {sizes} --timed-pictures {args.timed_pictures} --repeats {args.repeats}"
     )
 
 

@@ -37,7 +37,7 @@ from lightning_mue.inference.runtime import RuntimeName
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.policy_file import POLICY
-from lightning_mue.promise import Promise
+from lightning_mue.promise import OF_EMBEDDINGS, Promise
 from lightning_mue.trace import Trace
 
 
@@ -135,6 +135,11 @@ class CalibrateExits(Calibrates, L.Callback):
             ValueError: it cannot be made.
         """
         check_level(self.confidence_level)
+        asked = {self.metric, *(promise.metric for promise in self.promises or ())}
+        if about := sorted(asked & OF_EMBEDDINGS.keys()):
+            raise ValueError(
+                f"{about} are about embeddings, and this calibrates answers; CalibrateEmbeddings does those"
+            )
         if self.promises is not None and self.metric:
             raise ValueError(
                 f"Give `promises`, or `keep` and `metric`; both are given (metric {self.metric!r}). Where a recipe "

@@ -56,7 +56,7 @@ class Embedding:
     def settings(self) -> dict[str, Any]:
         """What pictures look for and among, and what the model computes in."""
         precision = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        texts: dict[str, Any] = {"classes": list(self.search.class_texts)}
+        texts: dict[str, Any] = {"classes": list(self.search.classes), "template": self.search.template}
         if self.search.metric != "top_1":
             texts |= {"candidates": self.search.candidates, "candidates_seed": self.search.seed}
         return {**texts, "precision": precision, "batching": "per row", "runtime": self.runtime}
