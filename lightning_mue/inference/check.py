@@ -33,10 +33,11 @@ def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None, em
                 f"The policy leaves {stream!r} after {list(rule.layers)}, exits are attached at {list(known)}; "
                 "attach exits there and train them."
             )
-        if rule.signal in OF_EMBEDDINGS and not embeds:
+        embedded = _embedded(rule.signal, backbone) if embeds else []
+        if rule.signal in OF_EMBEDDINGS and stream not in embedded:
             raise ValueError(
-                f"Signal {rule.signal!r} of {stream!r} is about embeddings, and answers are made of states; give the "
-                "policy to an EmbedEngine, or take another signal."
+                f"Signal {rule.signal!r} of {stream!r} is about embeddings; only an EmbedEngine makes some, here of "
+                f"{embedded or 'nothing'}; take another signal."
             )
         if rule.signal == "gate" and stream not in num_layers(backbone):
             raise ValueError(f"Gates of {stream!r} are not trained; take another signal.")
@@ -46,3 +47,11 @@ def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None, em
             raise ValueError(
                 f"Signal {rule.signal!r} needs logits; stream {stream!r} has none. Use gate or similarity."
             )
+
+
+def _embedded(signal: str, backbone: Backbone) -> list[str]:
+    """Return the streams whose embeddings a signal is about: pictures are told apart by class, texts are not."""
+    contrastive = backbone.contrastive
+    if contrastive is None:
+        return []
+    return [contrastive.image.name, *([] if signal == "class_margin" else [contrastive.text.name])]

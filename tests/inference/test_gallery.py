@@ -9,6 +9,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.retrieval import RetrievalHitRate
 
 from lightning_mue.calibration import simulate
+from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.embed_profile import measure_embedding
 from lightning_mue.inference.embed_record import record_embeddings
 from lightning_mue.inference.embedding import EmbedEngine
@@ -169,6 +170,22 @@ def test_an_accepted_exit_makes_its_embedding_once(model, processor, pixels, mon
     assert len(calls) == 1
 
 
+@torch.no_grad()
+def test_texts_leave_by_the_change_of_their_embedding(model, processor):
+    whole = EmbedEngine(model, ExitPolicy(), processor=processor)
+    stream, adapt, pool = whole.contrastive.text, whole.exits.adapt, whole.contrastive.text_embedding
+    ids = whole._text_ids(CLASSES)
+    state = stream.prologue({"text_ids": ids}, {})
+    before, state.h_BTD = state.h_BTD, stream.layer(1, state)
+    two = [pool(state.at(adapt("text", 1, h_BTD))) for h_BTD in (before, state.h_BTD)]
+    cosine = (two[0] * two[1]).sum(-1)
+    policy = ExitPolicy({"text": ExitRule("pooled_similarity", (1,), (float(cosine.median()),))})
+    found = EmbedEngine(model, policy, processor=processor).embed_texts(CLASSES)
+    assert found.depths.tolist() == [1 if c >= cosine.median() else 2 for c in cosine]
+    expected = torch.where((found.depths == 1)[:, None], two[1], whole.embed_texts(CLASSES).vectors)
+    torch.testing.assert_close(found.vectors, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_refused(model, processor):
     rule = ExitRule("class_margin", (1,), (0.5,))
     with pytest.raises(ValueError, match="needs two or more; got \\[\\]"):
@@ -177,10 +194,11 @@ def test_what_is_refused(model, processor):
         EmbedEngine(model, ExitPolicy({"vision": rule}, classes=CLASSES))
     with pytest.raises(ValueError, match="names no classes"):
         EmbedEngine(model, ExitPolicy(), processor=processor).classify([])
-    from lightning_mue import ExitEngine
-
     for signal in ("class_margin", "pooled_similarity"):
         policy = ExitPolicy({"vision": ExitRule(signal, (1,), (0.5,))}, classes=CLASSES)
-        with pytest.raises(ValueError, match=f"Signal '{signal}' of 'vision' is about embeddings"):
+        with pytest.raises(ValueError, match=f"Signal '{signal}' of 'vision' is about embeddings, .* of nothing"):
             ExitEngine(model, policy)
+        elsewhere = ExitPolicy({"decoder": ExitRule(signal, (3,), (0.5,))}, classes=CLASSES)
+        with pytest.raises(ValueError, match=f"Signal '{signal}' of 'decoder' is about embeddings, .* of ..vision'"):
+            EmbedEngine(model, elsewhere, processor=processor)
         assert ExitPolicy.from_json(policy.to_json()) == policy
