@@ -196,9 +196,9 @@ def test_what_is_refused(model, processor):
         EmbedEngine(model, ExitPolicy(), processor=processor).classify([])
     for signal in ("class_margin", "pooled_similarity"):
         policy = ExitPolicy({"vision": ExitRule(signal, (1,), (0.5,))}, classes=CLASSES)
-        with pytest.raises(ValueError, match=f"Signal '{signal}' of 'vision' is about embeddings, .* of nothing"):
+        with pytest.raises(ValueError, match=f"Signal '{signal}' of 'vision' is about embeddings; .* of nothing"):
             ExitEngine(model, policy)
         elsewhere = ExitPolicy({"decoder": ExitRule(signal, (3,), (0.5,))}, classes=CLASSES)
-        with pytest.raises(ValueError, match=f"Signal '{signal}' of 'decoder' is about embeddings, .* of ..vision'"):
+        with pytest.raises(ValueError, match=f"Signal '{signal}' of 'decoder' is about embeddings; .* of ..vision'"):
             EmbedEngine(model, elsewhere, processor=processor)
         assert ExitPolicy.from_json(policy.to_json()) == policy
