@@ -107,9 +107,8 @@ class MultiExitModule(L.LightningModule):
         self._score = AnswerScore("exact_match")
         signals = ("gate", "similarity") if config.gate else ("similarity",)
         self._auroc: Any = nn.ModuleDict({f"{s}_{k}": BinaryAUROC() for k in config.decoder for s in signals})
-        compares = self.supervision.contrast and self.backbone.contrastive is not None
         check_contrast(self.supervision, self.backbone, self.exits)
-        self._pairs = Pairs(self.backbone, self.exits) if compares else None
+        self._pairs = Pairs(self.backbone, self.exits) if self.supervision.contrast else None
         self._first_labels: FirstLabels | None = None
         self._init_from = init_from
 
