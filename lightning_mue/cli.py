@@ -6,7 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_mue.policy import ExitPolicy
 
 LIGHTNING = {
     "fit": "train a model with exits",
@@ -110,11 +113,15 @@ def _freeze(args: Sequence[str]) -> None:
     weights, rest = bundle_size(bundle)
     print(f"{bundle}: {policy.depths_in_words()}")
     print(f"{weights / 1e6:.1f} MB of weights{' and graphs' if found.runtime else ''}, {rest / 1e6:.1f} MB of all else")
-    for of in (policy, embed_policy):
-        if of is not None and of is not policy:
-            print(f"Embeddings: {of.depths_in_words()}")
-        if of is not None and of.certificate is not None:
-            print(of.certificate.in_words())
+    _print_promise(policy)
+    if embed_policy is not None:
+        print(f"Embeddings: {embed_policy.depths_in_words()}")
+        _print_promise(embed_policy)
+
+
+def _print_promise(policy: ExitPolicy) -> None:
+    if policy.certificate is not None:
+        print(policy.certificate.in_words())
 
 
 def _generate(args: Sequence[str]) -> None:
@@ -137,9 +144,10 @@ def _generate(args: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of --sample")
     found = parser.parse_args(args)
     from lightning_mue.export import load
+    from lightning_mue.picture_files import read_pictures
 
     how = {name: getattr(found, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    engine, pictures = load(found.bundle, runtime=found.runtime), _pictures(found.image)
+    engine, pictures = load(found.bundle, runtime=found.runtime), read_pictures(found.image)
     given = (None if text is None else [text] * len(pictures) for text in (found.decoder_prompt, found.group))
     prompt = found.prompt or ("what does the picture show ?" if engine.reads_prompts else "")
     for answer in engine.answer(
@@ -149,80 +157,9 @@ def _generate(args: Sequence[str]) -> None:
 
 
 def _embed(args: Sequence[str]) -> None:
-    parser = _parser("embed")
-    parser.add_argument("bundle", help="folder made by `mue freeze` of a model that compares (CoCa)")
-    parser.add_argument("--image", action="append", default=[], help="picture; may be given several times")
-    parser.add_argument("--text", action="append", default=[], help="text; may be given several times")
-    parser.add_argument(
-        "--classes",
-        nargs="?",
-        const="",
-        help="file of classes, one a line, of which the likeliest are told for each picture; without a name, those "
-        "that the policy was calibrated for",
-    )
-    parser.add_argument("--out", help=".npz file for the embeddings: `image` [B, E], `text` [C, E]")
-    found = parser.parse_args(args)
-    if not found.image and (not found.text or found.classes is not None):
-        parser.error("give an --image" + ("" if found.classes is not None else " or a --text"))
-    from lightning_mue.export import load_embedder
+    from lightning_mue.embed_command import main as embed
 
-    engine = load_embedder(found.bundle)
-    if found.classes is not None:
-        _classify(engine, found.image, found.classes)
-        return
-    image = engine.embed_images(_pictures(found.image)) if found.image else None
-    text = engine.embed_texts(found.text) if found.text else None
-    for name, part in (("image", image), ("text", text)):
-        if part is not None:
-            print(f"{name}: {part.vectors.shape[1]} numbers each; layers run {part.depths.tolist()}")
-    if image is not None and text is not None:
-        for path, row in zip(found.image, (image.vectors @ text.vectors.T).tolist(), strict=True):
-            print(path)
-            for cosine, words in sorted(zip(row, found.text, strict=True), reverse=True):
-                print(f"  {cosine:+.3f}  {words}")
-    if found.out:
-        import io
-
-        import numpy as np
-
-        from lightning_mue.files import write_bytes
-
-        parts: dict[str, Any] = {
-            name: part.vectors.cpu().numpy() for name, part in (("image", image), ("text", text)) if part
-        }
-        buffer = io.BytesIO()
-        np.savez(buffer, **parts)
-        write_bytes(Path(found.out), buffer.getvalue())
-        print(found.out)
-
-
-def _classify(engine: Any, paths: Sequence[str], file: str) -> None:
-    """Print the five likeliest classes of each picture."""
-    lines = Path(file).read_text(encoding="utf-8").splitlines() if file else engine.policy.classes
-    classes = [line.strip() for line in lines if line.strip()]
-    for path, row in zip(paths, engine.classify(_pictures(paths), classes or None).tolist(), strict=True):
-        print(path)
-        for probability, name in sorted(zip(row, classes, strict=True), reverse=True)[:5]:
-            print(f"  {probability:.3f}  {name}")
-
-
-def _pictures(paths: Sequence[str]) -> list[Any]:
-    """Read pictures.
-
-    Raises:
-        ValueError: a file that is none.
-    """
-    from PIL import Image
-
-    pictures = []
-    for path in paths:
-        try:
-            pictures.append(Image.open(path).convert("RGB"))
-        except FileNotFoundError:
-            raise
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
-            raise ValueError(f"{path} must be a picture, and it cannot be read as one: {error}") from error
-    return pictures
+    embed(_parser("embed"), args)
 
 
 def _benchmark(args: Sequence[str]) -> None:
