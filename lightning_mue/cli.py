@@ -74,7 +74,7 @@ def _quickstart(args: Sequence[str]) -> None:
     quickstart(Path(found.out), found.keep, found.seed, found.steps, found.methods)
 
 
-def _freeze(args: Sequence[str]) -> None:
+def _freeze_arguments(args: Sequence[str]) -> argparse.Namespace:
     parser = _parser("freeze")
     parser.add_argument("-c", "--config", help="accepted and not needed: the checkpoint knows its recipe")
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of `mue fit`")
@@ -96,7 +96,11 @@ def _freeze(args: Sequence[str]) -> None:
         action="store_true",
         help="lose nothing: the decoder's exits draft, the last layer settles; other streams stay at full depth",
     )
-    found = parser.parse_args(args)
+    return parser.parse_args(args)
+
+
+def _freeze(args: Sequence[str]) -> None:
+    found = _freeze_arguments(args)
     from lightning_mue.checkpoint import load_checkpoint
     from lightning_mue.export import freeze
     from lightning_mue.export.manifest import bundle_size
