@@ -1,11 +1,13 @@
 """The built-in scenes as the benchmarks use them: those of ``mue quickstart``, with more pictures.
 
 python -m papers.scenes SHARDS
+python -m papers.scenes SINGLES --singles      # 5,000 pictures of one object each: zero-shot needs many to certify
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_mue.data.scenes import write_scenes
@@ -23,7 +25,16 @@ def write(folder: str | Path, seed: int = 0) -> Path:
     return Path(folder)
 
 
+def write_singles(folder: str | Path, count: int = 5_000, seed: int = 7) -> Path:
+    """Draw validation shards of one object a picture; by another seed, so that they are not those of ``write``."""
+    mix = replace(EVAL_MIX, objects={1: 1}, levels={1: 1}, questions_per_scene=1)
+    write_scenes(folder, count, seed, "val", SIZE, mix=mix)
+    return Path(folder)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
-    write(parser.parse_args().folder)
+    parser.add_argument("--singles", action="store_true", help="pictures of one object, to calibrate zero-shot on")
+    args = parser.parse_args()
+    (write_singles if args.singles else write)(args.folder)
