@@ -16,6 +16,7 @@ def model_card(
     has_processor: bool,
     is_graphs: bool = False,
     reads_prompts: bool = True,
+    embed_policy: ExitPolicy | None = None,
 ) -> str:
     """Return the card as Markdown: the promise, the policy, the comparison, how to use it, what it rests on.
 
@@ -26,13 +27,16 @@ def model_card(
         has_processor: whether the bundle takes pictures and text, or tensors.
         is_graphs: whether it holds graphs, and needs no torch.
         reads_prompts: whether the model does, beside the picture.
+        embed_policy: what embeddings obey, if not the policy.
     """
     prompt = "your prompt" if reads_prompts else ""
+    embeds = "" if embed_policy is None else f"{_promise(embed_policy)}\n\n{_rules(embed_policy)}"
     parts = [
         "---\nlibrary_name: lightning_mue\npipeline_tag: image-text-to-text\ntags:\n- early-exit\n---\n",
         f"# {name}\n",
         f"{_promise(policy)}\n",
         f"## Policy\n\n{_rules(policy)}\n",
+        f"## Embeddings\n\n{embeds}\n\n`mue.load_embedder` obeys this policy.\n" if embeds else "",
         f"## Comparison\n\n{table.strip()}\n" if table else "",
         f"## Use\n\n```python\n{_usage(name, has_processor, policy.groups, prompt)}\n```\n",
         f"It loads without {'torch' if is_graphs else 'Lightning'}: "

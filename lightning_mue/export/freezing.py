@@ -86,11 +86,12 @@ def freeze(
     with _written_aside(target) as aside:
         policy.save(aside / POLICY)
         if embed_policy is not None:
-            _of_model(embed_policy, model, found, embeds=True).save(aside / EMBED_POLICY)
+            embed_policy = _of_model(embed_policy, model, found, embeds=True)
+            embed_policy.save(aside / EMBED_POLICY)
         if processor is not None:
             processor.save(aside / PROCESSOR)
         facts = (processor is not None, runtime is not None, "input_ids" in backbone.generate_inputs)
-        card = model_card(policy, target.name, table, *facts)
+        card = model_card(policy, target.name, table, *facts, embed_policy)
         (aside / "README.md").write_text(card, "utf-8")
         if runtime is None:
             save_files(model, aside, found)

@@ -48,6 +48,11 @@ class EmbedEngine:
         check_fingerprint: refuse a policy made for other weights.
         processor: makes tensors of pictures and texts; ``embed_images``, ``embed_texts`` and classes need it.
 
+    Attributes:
+        contrastive: the backbone's streams of pictures and texts.
+        classes_CE: the policy's classes at full depth, unit vectors ``[C, E]``; None if there are none, or nothing to
+            make them with.
+
     Raises:
         ValueError: the model compares nothing, the policy does not fit, or its classes cannot be embedded.
     """

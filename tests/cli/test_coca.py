@@ -107,6 +107,7 @@ def test_the_embedding_policy_beside_the_checkpoint_goes_into_the_bundle(bundle,
     assert set(found.rules) <= {"vision"}
     mue("freeze", "--ckpt_path", bundle / "last.ckpt", "--out", tmp_path / "bundle")
     assert mue_package.load_embedder(tmp_path / "bundle").policy == found
+    assert found.certificate.in_words() in (tmp_path / "bundle" / "README.md").read_text()
     assert mue_package.load(tmp_path / "bundle").policy == ExitPolicy.load(bundle / "policy.json")
     assert not (bundle / "graphs" / "embed_policy.json").exists()
     classes = ("red circle", "red square", "blue square")
