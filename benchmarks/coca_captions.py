@@ -32,7 +32,8 @@ from lightning_mue.benchmark.lines import Line, Times, engine_line, measure, pla
 from lightning_mue.benchmark.ours import OurLines
 from lightning_mue.benchmark.policies import CALIBRATED, FIRST, first_exits, static_depths
 from lightning_mue.files import write_text
-from lightning_mue.policy import ExitPolicy, find_policy
+from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy_file import find_policy
 
 RESULTS = Path(__file__).parent / "results"
 UNCACHED = "open_clip's loop, no cache, fp32"
