@@ -54,6 +54,8 @@ def _arguments(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse
     )
     parser.add_argument("--out", help=".npz file for the embeddings: `image` [B, E], `text` [C, E]")
     found = parser.parse_args(args)
+    if found.classes is not None and (found.text or found.out):
+        parser.error("--classes tells what pictures are of; --text and --out are of embeddings, ask for them apart")
     if not found.image and (not found.text or found.classes is not None):
         parser.error("give an --image" + ("" if found.classes is not None else " or a --text"))
     return found
@@ -63,6 +65,8 @@ def _classify(engine: EmbedEngine, paths: Sequence[str], file: str) -> None:
     """Print the five likeliest classes of each picture."""
     lines = Path(file).read_text(encoding="utf-8").splitlines() if file else engine.policy.classes
     classes = [line.strip() for line in lines if line.strip()]
+    if file and not classes:
+        raise ValueError(f"{file} names no class; give one a line.")
     probabilities_BC = engine.classify(read_pictures(paths), classes or None)
     _print_best(paths, classes, probabilities_BC.tolist(), ".3f", 5)
 

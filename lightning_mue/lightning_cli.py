@@ -55,6 +55,10 @@ class MueTrainer(L.Trainer):
             callbacks.append(ours[0])
         of_all = {"confidence_level": confidence_level, "reuse": reuse}
         of_answers = {"keep": keep, "metric": metric}
+        if (keep or metric) and not any(isinstance(callback, CalibrateExits) for callback in ours):
+            raise ValueError(
+                "`keep` and `metric` are of CalibrateExits, and there is none; set CalibrateEmbeddings' own."
+            )
         for callback in ours:
             given = of_all | of_answers if isinstance(callback, CalibrateExits) else of_all
             for name, value in given.items():

@@ -31,6 +31,7 @@ from lightning_mue.callbacks.outcome import (
     write_policy,
 )
 from lightning_mue.callbacks.ranks import check_visible, gather, lead, refuse_sharded
+from lightning_mue.callbacks.scoring import processor_of
 from lightning_mue.callbacks.text_search import TextSearch
 from lightning_mue.exits import attached
 from lightning_mue.inference.gallery import Gallery
@@ -143,11 +144,15 @@ class CalibrateEmbeddings(Calibrates, L.Callback):
             "fingerprint": fingerprint(model),
             "exits": exits.config.to_dict() if exits is not None else None,
             "device": next(model.parameters()).device.type,
-            "search": [self.search.metric, list(self.search.class_texts)],
+            "search": [self.search.metric, list(self.search.classes), list(self.search.class_texts)],
             "data": getattr(data, "calibration_fingerprint", ""),
         }
         journal = Journal(self.folder or Path(trainer.default_root_dir) / "calibration", key)
         asked = Asked([self._promise], self.confidence_level, self.seed, self.estimate, self.reuse)
+        if processor_of(trainer) is None:
+            raise ValueError(
+                "CalibrateEmbeddings embeds texts: it needs a data module, or a LightningModule, with a `processor`."
+            )
         self._subject = Embedding(trainer, model, self.search, journal, self.keys)
         _ = self._subject.full_depth  # a model that does not compare is refused before anything is read
         self.calibration = Calibration(model, asked, self._subject, journal, self.keys)
@@ -186,11 +191,17 @@ class CalibrateEmbeddings(Calibrates, L.Callback):
         if (run := self.calibration) is None:
             return
         texts, certifies = sorted(set(gather(sorted(self._texts)))), dict(sorted(gather([*self._certifies.items()])))
-        refuse_one_part(len(texts), len(certifies))
+        if self.search.metric == "top_1" and not texts and not certifies:
+            raise ValueError(
+                f"No picture has one of the classes {list(self.search.classes)[:5]} among its references; `classes` "
+                "are names as references write them."
+            )
+        refuse_one_part(len(texts), "texts", len(certifies))
         one = next(batch for batch in gather([self._one]) if batch is not None)  # rank 0 may have seen none
         run.note = max(gather([run.note]))
         run.beside = intents_beside(trainer, self)
-        self._subject.gallery = Gallery(self._subject.full_depth, self.search.among(texts))
+        self._subject.gallery = gallery = Gallery(self._subject.full_depth, self.search.among(texts))
+        run.note = f"{run.note} Pictures look among {len(gallery.texts)} fixed texts and their own.".strip()
         choose = partial(self._choose, run, certifies, one)
         self.latency, self.proposal, policy, self.tests = lead(choose, run.decode)
         self.policy = replace(policy, classes=self.search.class_texts)  # full depth tells them apart too

@@ -227,7 +227,7 @@ class CalibrateExits(Calibrates, L.Callback):
             return
         paths, certifies = sorted(set(gather(self._paths))), dict(sorted(gather(list(self._certifies.items()))))
         fitting = trainer.state.fn == TrainerFn.FITTING
-        refuse_one_part(len(paths), len(certifies) or fitting)
+        refuse_one_part(len(paths), "batches", len(certifies) or fitting)
         one = next(batch for batch in gather([self._one]) if batch is not None)  # rank 0 may have seen none
         run.note = max(gather([run.note]))
         run.beside = intents_beside(trainer, self)

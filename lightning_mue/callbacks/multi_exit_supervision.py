@@ -109,6 +109,10 @@ class MultiExitSupervision(L.Callback):
         check_same(self.exits, exits, f"MultiExitSupervision({self.model!r})")
         backbone = view(model)
         check_contrast(self.supervision, backbone, exits)
+        if self.supervision.propagate and not computes_loss(model):
+            raise ValueError(
+                "`propagate` replaces a step's whole loss, and this project computes its own; set it to 0."
+            )
         if exits.encoder != "joint" and "image" in num_layers(backbone):
             rank_zero_warn(
                 "Exits of `image` or `text` decompose the encoder: training and our engine use that function, the "
@@ -150,7 +154,7 @@ class MultiExitSupervision(L.Callback):
     ) -> None:
         """Give back what was replaced."""
         self._restore()
-        if not self._supervised:
+        if not self._supervised and outputs:  # nothing: the step passed over its batch
             raise ValueError(
                 f"`training_step` did not call `self.{self.model}(...)` with gradients, so no exit was trained; "
                 f"`model` must name the module whose `loss` it returns, got {self.model!r}."

@@ -47,7 +47,7 @@ def refuse_nothing(stage: str, calibration: Calibration | None) -> None:
         raise ValueError("Nothing was calibrated: no validation data. Give some, and no `limit_val_batches` of 0.")
 
 
-def refuse_one_part(proposing: int, certifying: int) -> None:
+def refuse_one_part(proposing: int, of_what: str, certifying: int) -> None:
     """Refuse data of which either part is empty.
 
     Raises:
@@ -56,7 +56,7 @@ def refuse_one_part(proposing: int, certifying: int) -> None:
     if not proposing or not certifying:
         raise ValueError(
             f"Calibration needs samples to propose on and others to certify on (about 30 and 70 % of the clusters, "
-            f"by a hash of their names); found {proposing} batches for the one and {certifying} samples for "
+            f"by a hash of their names); found {proposing} {of_what} for the one and {certifying} samples for "
             "the other. Give more validation data: `val` with a lower `select`, or a larger `holdout`."
         )
 

@@ -58,7 +58,6 @@ def freeze(
             given, the bundle runs in any runtime where torch is.
         graphs: also write what runs before the decoder as single files for other programs (`export_graphs`), into
             the bundle's folder ``single_file``; needs a processor.
-
         embed_policy: what embeddings obey (CalibrateEmbeddings), of a model that compares pictures with texts; that of
             answers if not given. Not for graphs, which do not embed.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_mue.export.manifest import check_manifest
 from lightning_mue.policy import ExitPolicy
@@ -13,7 +13,9 @@ from lightning_mue.portable.names import GRAPH_WEIGHTS, GRAPHS, POLICY, PROCESSO
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from lightning_mue.backbones.processor import Processor
     from lightning_mue.inference.embedding import EmbedEngine
     from lightning_mue.inference.engine import ExitEngine
     from lightning_mue.portable.engine import PortableEngine
@@ -35,10 +37,7 @@ def load(
     Raises:
         ValueError: not a bundle, another schema, or a file that is missing, damaged or of another bundle.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a bundle: there is no such folder.")
-    check_manifest(folder)
+    folder = _checked(folder)
     return _load_graphs(folder, device, runtime) if (folder / GRAPHS).is_file() else _load(folder, device, runtime)
 
 
@@ -56,24 +55,40 @@ def load_embedder(folder: str | os.PathLike[str], device: str | torch.device = "
     """
     from lightning_mue.inference.embedding import EmbedEngine
 
-    engine: Any = load(folder, device, "torch")
-    policy, file = engine.policy, Path(folder) / EMBED_POLICY
-    if file.is_file():
-        _check_same(Path(folder), EMBED_POLICY, policy := ExitPolicy.load(file), POLICY, engine.policy.fingerprint)
-    return EmbedEngine(engine.original, policy, check_fingerprint=False, processor=engine.processor)
+    if (_checked(folder) / GRAPHS).is_file():
+        raise ValueError(f"{folder} is a bundle of graphs, which do not embed; freeze the model without `runtime`.")
+    model, policy, processor = _read(Path(folder), device)
+    if (file := Path(folder) / EMBED_POLICY).is_file():
+        _check_same(Path(folder), EMBED_POLICY, embeds := ExitPolicy.load(file), POLICY, policy.fingerprint)
+        policy = embeds
+    return EmbedEngine(model, policy, check_fingerprint=False, processor=processor)
+
+
+def _checked(folder: str | os.PathLike[str]) -> Path:
+    """Return the folder of a bundle whose files are those that were written."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a bundle: there is no such folder.")
+    check_manifest(Path(folder))
+    return Path(folder)
 
 
 def _load(folder: Path, device: str | torch.device, runtime: str | None) -> ExitEngine:
+    from lightning_mue.inference.engine import ExitEngine
+
+    model, policy, processor = _read(folder, device)
+    return ExitEngine(model, policy, check_fingerprint=False, processor=processor, runtime=runtime)
+
+
+def _read(folder: Path, device: str | torch.device) -> tuple[nn.Module, ExitPolicy, Processor | None]:
+    """Return the model, the policy of its answers and its processor, if there is one."""
     from lightning_mue.backbones.processor import Processor
     from lightning_mue.export.model_file import CONFIG, WEIGHTS, load_files, read_config
-    from lightning_mue.inference.engine import ExitEngine
 
     _check_there(folder, CONFIG, WEIGHTS, POLICY)
     config, policy = read_config(folder), ExitPolicy.load(folder / POLICY)
     _check_same(folder, POLICY, policy, CONFIG, config["fingerprint"])
     model = load_files(folder, config).to(device)
-    processor = Processor.load(folder / PROCESSOR) if (folder / PROCESSOR).is_dir() else None
-    return ExitEngine(model, policy, check_fingerprint=False, processor=processor, runtime=runtime)
+    return model, policy, Processor.load(folder / PROCESSOR) if (folder / PROCESSOR).is_dir() else None
 
 
 def _load_graphs(folder: Path, device: str | torch.device, runtime: str | None) -> PortableEngine:
@@ -96,7 +111,7 @@ def _check_there(folder: Path, *names: str) -> None:
             raise ValueError(f"{folder} lacks {name!r}; copy the bundle again.")
 
 
-def _check_same(folder: Path, name: str, policy: ExitPolicy, file: str, fingerprint: str) -> None:
+def _check_same(folder: Path, name: str, policy: ExitPolicy, file: str, fingerprint: str | None) -> None:
     if policy.fingerprint != fingerprint:
         raise ValueError(
             f"{folder} mixes files of different bundles: {name} is of another model ({policy.fingerprint}) than "

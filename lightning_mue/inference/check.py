@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_mue.backbones import Backbone, exit_streams, num_layers
 from lightning_mue.exits import Exits
 from lightning_mue.policy import OF_EMBEDDINGS, ExitPolicy
+from lightning_mue.promise import OF_EMBEDDINGS as METRICS_OF_EMBEDDINGS
 from lightning_mue.signals import NEEDS_LOGITS
 
 
@@ -15,6 +16,12 @@ def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None, em
         ValueError: what does not fit, what there is, and what to do.
     """
     layers = exit_streams(backbone)
+    evidence = () if policy.certificate is None else policy.certificate.evidence
+    if not embeds and {one.promise.metric for one in evidence} & METRICS_OF_EMBEDDINGS.keys():
+        raise ValueError(
+            "This policy was certified for embeddings, not for answers: give it to an EmbedEngine, or to "
+            "`mue freeze` as `--embed-policy`."
+        )
     for stream, rule in policy.rules.items():
         if stream not in layers:
             raise ValueError(f"The policy names the stream {stream!r}; this backbone has {list(layers)}.")

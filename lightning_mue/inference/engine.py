@@ -103,7 +103,7 @@ class ExitEngine(Answering):
             do_sample: draw tokens; certificates are of the best ones. The noise depends on a row, a position and the
                 seed alone (`Sampling.noise`), so exits, drafts and both runtimes draw alike. A generation config's
                 settings of sampling are not read.
-            temperature: of sampling, as of transformers; signals are asked before it.
+            temperature: of sampling, as of transformers; signals are asked before it (``patience`` sees what is drawn).
             top_k: of sampling; 0 (transformers' own default is 50) is all tokens. With this and the next the vocabulary
                 head computes all logits in float32, which takes longer.
             top_p: of sampling, as of transformers.
@@ -118,6 +118,8 @@ class ExitEngine(Answering):
         check_inputs(inputs)
         names = self.backbone.generate_inputs
         size, rows, others = by_group(self.policy, groups, inputs, names)
+        if drawn is not None:
+            drawn.check(size)
         parts = []
         for engine, mine in zip(self._by_group, (rows, others), strict=True):
             if mine:
@@ -172,7 +174,7 @@ class ExitEngine(Answering):
             )
             prompts = read_prompts(inputs, len(encoded.memory_BSD), settings.start_id)
             given = (self.backbone, self.exits, encoded.memory_BSD, self.backbone.memory_mask(inputs))
-            if sampling is not None:
+            if sampling is not None and sampling.rows is None:
                 sampling.check(len(prompts))
             rows = [prompt for prompt in prompts for _ in range(1 if beams is None else beams.num_beams)]
             allowed = of_beams(prefix_fn, len(rows) // len(prompts))

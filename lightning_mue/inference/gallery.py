@@ -14,6 +14,9 @@ from torch import Tensor
 
 from lightning_mue.inference.embedding import EmbedEngine
 
+ROUNDING = 1e-6
+"""Cosines of float32 that differ by less are ties: the same vectors, summed in another order, give either."""
+
 
 class Gallery:
     """Candidates, embedded once at full depth.
@@ -68,4 +71,4 @@ def places(image_BE: Tensor, own_RE: Tensor, row_R: Tensor, candidate_CE: Tensor
     own_R = (image_BE[row_R] * own_RE).sum(-1)
     best_B = own_R.new_full((len(image_BE),), -torch.inf).scatter_reduce(0, row_R, own_R, "amax")
     others_BC = (image_BE @ candidate_CE.float().T).masked_fill(is_own_BC, -torch.inf)
-    return (others_BC >= best_B[:, None]).sum(1)
+    return (others_BC >= best_B[:, None] - ROUNDING).sum(1)

@@ -70,7 +70,7 @@ class Sampling:
         Raises:
             ValueError: seeds are not one for each row.
         """
-        if not isinstance(self.seed, int) and self.rows is None and len(self.seed) != rows:
+        if not isinstance(self.seed, int) and len(self.seed) != rows:
             raise ValueError(f"`seed` must be one number, or one for each of {rows} rows, got {len(self.seed)}")
 
     def noise(self, rows: Iterable[int], positions: Iterable[int], vocabulary: int) -> np.ndarray:

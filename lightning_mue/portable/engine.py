@@ -104,6 +104,8 @@ class PortableEngine(Answering):
         if self.policy.groups is None:
             return self._run(plain, prefix_allowed_tokens_fn, given, *how, drawn)
         size, rows, others = by_group(self.policy, groups, given, [*given])
+        if drawn is not None:
+            drawn.check(size)
         parts = []
         for policy, mine in ((plain, rows), (ExitPolicy(certificate=self.policy.certificate), others)):
             if mine:
@@ -144,7 +146,7 @@ class PortableEngine(Answering):
         with watch.part("total"):
             encoded = encode(self.files, inputs, policy.rules, watch)
             prompts = read_prompts(inputs, len(encoded.memory_BSD), settings["start_id"])
-            if sampling is not None:
+            if sampling is not None and sampling.rows is None:
                 sampling.check(len(prompts))
             make = partial(OrtExecutor, self._decoder, self._outside, encoded.memory_BSD, encoded.bias_BS)
             count = 1 if beams is None else beams.num_beams

@@ -1,5 +1,6 @@
 """CalibrateEmbeddings on a plain project: candidates certify nothing, its policy embeds, `fit` is left alone."""
 
+from dataclasses import replace
 from functools import cache
 
 import lightning as L
@@ -8,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mue import CalibrateEmbeddings, EmbedEngine, ExitPolicy, ExitRule
+from lightning_mue.callbacks import embedding
 from lightning_mue.callbacks.text_search import TextSearch
 from tests import zoo
 from tests.inference.test_gallery import CLASSES, WORDS, Words
@@ -66,6 +68,20 @@ def module():
     return Project()
 
 
+@pytest.fixture
+def steady_clock(monkeypatch):
+    """Let a layer cost much and a signal little, whatever this machine does beside: that decides what is tested."""
+    measure = embedding.measure_embedding
+
+    def steady(*given):
+        table = measure(*given)
+        vision = table.streams["vision"]
+        costs = {"signal_ms": dict.fromkeys(vision.signal_ms, 0.05), "exit_ms_of": {}}
+        return replace(table, streams={"vision": replace(vision, fixed_ms=1.0, layer_ms=1.0, exit_ms=0.01, **costs)})
+
+    monkeypatch.setattr(embedding, "measure_embedding", steady)
+
+
 PAIRS = cache(Pairs)
 
 
@@ -83,7 +99,7 @@ def brute_force(module, policy, ids, search, candidates):
 
 
 @pytest.mark.parametrize("metric", ["recall_at_1", "top_1"])
-def test_it_certifies_what_brute_force_finds(module, make_trainer, tmp_path, metric):
+def test_it_certifies_what_brute_force_finds(module, make_trainer, steady_clock, tmp_path, metric):
     classes = list(CLASSES) if metric == "top_1" else None
     callback = calibrate(metric=metric, classes=classes)
     make_trainer(callback).validate(module, loader(), verbose=False)
@@ -128,7 +144,12 @@ def test_what_is_refused(module, make_trainer):
         CalibrateEmbeddings(keep=1.0)
     with pytest.raises(ValueError, match=r"needs more than 10 distinct texts .* has \d"):
         make_trainer(calibrate(metric="recall_at_10", candidates=11)).validate(module, loader(12), verbose=False)
-    module.model = zoo.make("florence2")
+    with pytest.raises(ValueError, match=r"No picture has one of the classes \['red', 'green'\]"):
+        make_trainer(calibrate(metric="top_1", classes=["red", "green"])).validate(module, loader(12), verbose=False)
+    processor, module.processor = module.processor, None
+    with pytest.raises(ValueError, match="with a `processor`"):
+        make_trainer(calibrate()).validate(module, loader(12), verbose=False)
+    module.processor, module.model = processor, zoo.make("florence2")
     with pytest.raises(ValueError, match="compares no pictures with texts"):
         make_trainer(calibrate()).validate(module, loader(), verbose=False)
 

@@ -203,3 +203,43 @@ def test_steps_and_exits_to_which_nothing_can_be_added_are_refused(first_loss):
         first_loss(supervision(), Silent())
     with pytest.raises(ValueError, match="Exits of `text` learn from the contrastive loss alone"):
         first_loss(supervision(contrast=0.0))
+    with pytest.raises(ValueError, match="`propagate` replaces a step's whole loss"):
+        first_loss(supervision(propagate=0.5))
+
+
+def test_two_models_of_one_project_are_left_as_they_were(make_trainer):
+    class Two(Project):
+        def __init__(self):
+            super().__init__()
+            self.other = open_clip.coca_model.CoCa(**CONFIG)
+            torch.nn.init.normal_(self.other.text_decoder.text_projection, std=0.3)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + sum(self.loss(**self.other(*batch)))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    both = [supervision(), mue.MultiExitSupervision("other", exits=EXITS, caption=2.0, contrast=1.0)]
+    totals, module = Totals(), Two()
+    for callback in both:
+        callback.supervision = supervision().supervision
+    loader = DataLoader([*make_loader(6).dataset] * 4, batch_size=6)
+    make_trainer(*both, totals, max_steps=4, limit_val_batches=0).fit(module, loader)
+    assert totals.seen == pytest.approx([totals.seen[0]] * 4)
+    assert "training_step" not in vars(module)
+
+
+def test_a_batch_may_be_passed_over(first_loss):
+    class Passing(Project):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 0 else loss
+
+    totals = Totals()
+    totals.on_train_batch_end = lambda *given: totals.seen.append(given[2])
+    trainer = L.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, limit_val_batches=0)
+    trainer.callbacks += [supervision(), totals]
+    trainer.fit(Passing(), make_loader())
+    assert not totals.seen[0]
+    assert totals.seen[1]["loss"] > 0

@@ -142,3 +142,6 @@ def test_what_embed_refuses(bundle, fitted_once, tmp_path):
         mue("embed", tmp_path / "florence", "--text", "a")
     with pytest.raises(SystemExit, match="is a bundle of graphs"):
         mue("embed", bundle / "graphs", "--text", "a")
+    with pytest.raises(SystemExit) as stopped:
+        mue("embed", bundle / "bundle", "--image", "a.png", "--classes", "--out", tmp_path / "a.npz")
+    assert stopped.value.code == 2

@@ -5,16 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.retrieval import RetrievalHitRate
 
 from lightning_mue.calibration import simulate
+from lightning_mue.certificate import Certificate, Evidence
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.embed_profile import measure_embedding
 from lightning_mue.inference.embed_record import record_embeddings
 from lightning_mue.inference.embedding import EmbedEngine
 from lightning_mue.inference.gallery import Gallery, places
 from lightning_mue.policy import ExitPolicy, ExitRule
+from lightning_mue.promise import Promise
 from tests import reference, zoo
 
 ROWS = 12
@@ -48,7 +51,7 @@ def pixels():
 
 
 def unit(rows, seed):
-    return torch.nn.functional.normalize(torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    return normalize(torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 @pytest.mark.parametrize("k", [1, 5, 10])
@@ -72,6 +75,15 @@ def test_ties_count_against_a_picture():
     alike = torch.ones(4, 8) / math.sqrt(8)
     place_B = places(alike[:2], alike[:2], torch.arange(2), alike, torch.zeros(2, 4, dtype=torch.bool))
     assert place_B.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("width", [16, 512, 768])
+def test_equal_texts_tie_whatever_their_sums_round_to(width):
+    generator = torch.Generator().manual_seed(0)
+    image_BE, text_1E = (normalize(torch.randn(n, width, generator=generator), dim=-1) for n in (50, 1))
+    texts = text_1E.expand(50, width)
+    place_B = places(image_BE, texts, torch.arange(50), texts[:7].contiguous(), torch.zeros(50, 7, dtype=torch.bool))
+    assert place_B.tolist() == [7] * 50
 
 
 @torch.no_grad()
@@ -184,6 +196,14 @@ def test_texts_leave_by_the_change_of_their_embedding(model, processor):
     assert found.depths.tolist() == [1 if c >= cosine.median() else 2 for c in cosine]
     expected = torch.where((found.depths == 1)[:, None], two[1], whole.embed_texts(CLASSES).vectors)
     torch.testing.assert_close(found.vectors, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_certificate_of_embeddings_is_none_of_answers(model):
+    evidence = (Evidence(Promise("recall_at_5", keep=0.99)),)
+    policy = ExitPolicy({"vision": ExitRule.static(2)}, certificate=Certificate("certified", evidence, 0.95))
+    assert EmbedEngine(model, policy).policy == policy
+    with pytest.raises(ValueError, match="certified for embeddings, not for answers"):
+        ExitEngine(model, policy)
 
 
 def test_what_is_refused(model, processor):
