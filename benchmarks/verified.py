@@ -96,7 +96,7 @@ def measure(case: Case, name: str, damping: float, repeats: int) -> Row:
     """
     backbone, steps, prompts = view(case.model()), case.shape.steps, [[START]] * case.batch
     runtime = make_runtime(name, backbone, None)
-    cost = measure_cost(executor(runtime, case, LONGEST), case.batch)
+    cost = measure_cost(executor(runtime, case, LONGEST), case.batch, clock=time.process_time)
     drafting = DraftLength(case.shape.layers, 1, cost)
     full = DecoderExits("static", lambda step: {})
     ways = {

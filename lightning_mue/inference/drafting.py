@@ -97,7 +97,9 @@ class DraftLengths:
         return self._known[size]
 
 
-def measure_cost(executor: Executor, rows: int, positions: int = LONGEST) -> StepCost:
+def measure_cost(
+    executor: Executor, rows: int, positions: int = LONGEST, clock: Callable[[], float] = time.perf_counter
+) -> StepCost:
     """Measure steps of a whole batch; layers take turns, so that each one's weights come from where they lie.
 
     The head ends in numbers, for which even a device that works ahead is waited for; so layers are timed with it.
@@ -106,6 +108,7 @@ def measure_cost(executor: Executor, rows: int, positions: int = LONGEST) -> Ste
         executor: what it holds is overwritten.
         rows: of the batch.
         positions: that the executor has room for.
+        clock: seconds.
     """
     every, last = list(range(rows)), executor.num_layers
     executor.embed(every, 0, [[0] * positions] * rows)
@@ -122,16 +125,16 @@ def measure_cost(executor: Executor, rows: int, positions: int = LONGEST) -> Ste
         head(m)
 
     both(positions)  # K/V of the memory are projected now
-    ms = [[_ms(piece, m) for piece in (both, head) for m in (1, positions)] for _ in range(_TRIES)]
+    ms = [[_ms(piece, m, clock) for piece in (both, head) for m in (1, positions)] for _ in range(_TRIES)]
     both_1, both_m, head_1, head_m = (median(of_piece) for of_piece in zip(*ms, strict=True))
     layer_1, layer_m = (max(0.0, both_ms - head_ms) / last for both_ms, head_ms in ((both_1, head_1), (both_m, head_m)))
     return StepCost(_line(layer_1, layer_m, positions), _line(head_1, head_m, positions))
 
 
-def _ms(piece: Callable[[int], None], m: int) -> float:
-    begin = time.perf_counter()
+def _ms(piece: Callable[[int], None], m: int, clock: Callable[[], float]) -> float:
+    begin = clock()
     piece(m)
-    return (time.perf_counter() - begin) * 1e3
+    return (clock() - begin) * 1e3
 
 
 def _line(first: float, longest: float, positions: int) -> tuple[float, float]:
