@@ -42,7 +42,7 @@ from lightning_mue.promise import Promise
 from lightning_mue.trace import Trace
 
 
-class CalibrateEmbeddings(Calibrates, L.Callback):
+class CalibrateEmbeddings(Calibrates):
     """Chooses when pictures may leave their tower early, so that they still find their texts, and proves it.
 
     In ``validate`` and ``mue calibrate``, as CalibrateExits does for answers: the *propose* part of the validation
@@ -220,16 +220,3 @@ class CalibrateEmbeddings(Calibrates, L.Callback):
         latency = run.measure(one, self.latency_repeats)
         proposal = run.propose(self.trace, latency, certifies, {}, ask)
         return latency, proposal, *run.certify(proposal, self.trace, certifies, ask)
-
-    @property
-    def state_key(self) -> str:
-        """Name this instance's state by what it calibrates and where to; two in one trainer need two ``out``."""
-        return self._generate_state_key(model=self.model, out=self.out)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the policy as JSON text (checkpoints are read with ``weights_only=True``)."""
-        return {"policy": self.policy.to_json()} if self.policy is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the policy back."""
-        self.policy = ExitPolicy.from_json(state_dict["policy"], "the checkpoint's policy")

@@ -41,7 +41,7 @@ from lightning_mue.promise import OF_EMBEDDINGS, Promise
 from lightning_mue.trace import Trace
 
 
-class CalibrateExits(Calibrates, L.Callback):
+class CalibrateExits(Calibrates):
     """Chooses exit thresholds that keep a promised quality, and proves it by decoding data kept for that.
 
     In ``validate`` and ``mue calibrate``: records the *propose* part of the validation data at full depth, measures a
@@ -254,19 +254,6 @@ class CalibrateExits(Calibrates, L.Callback):
         lower = {p: run.measure(one, self.latency_repeats, p) for p in self.lower_precision}
         proposal = run.propose(self.trace, latency, certifies, lower, ask)
         return latency, proposal, *run.certify(proposal, self.trace, certifies, ask)
-
-    @property
-    def state_key(self) -> str:
-        """Name this instance's state by what it calibrates and where to; two in one trainer need two ``out``."""
-        return self._generate_state_key(model=self.model, out=self.out)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the policy as JSON text (checkpoints are read with ``weights_only=True``)."""
-        return {"policy": self.policy.to_json()} if self.policy is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the policy back."""
-        self.policy = ExitPolicy.from_json(state_dict["policy"], "the checkpoint's policy")
 
     def _log_simulation(self, pl_module: L.LightningModule) -> None:
         assert self.proposal is not None

@@ -20,14 +20,33 @@ INDEPENDENT = (
 )
 
 
-class Calibrates:
-    """What a trainer's calibration callbacks see of one another.
+class Calibrates(L.Callback):
+    """What a trainer's calibration callbacks see of one another, and what a checkpoint keeps of each.
 
     Attributes:
         calibration: that is under way; None if there is none.
+        policy: that came of the last one.
+        model: attribute that holds the backbone.
+        out: where the policy goes.
     """
 
     calibration: Calibration | None = None
+    policy: ExitPolicy | None
+    model: str | None
+    out: str | None
+
+    @property
+    def state_key(self) -> str:
+        """Name this instance's state by what it calibrates and where to; two in one trainer need two ``out``."""
+        return self._generate_state_key(model=self.model, out=self.out)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the policy as JSON text (checkpoints are read with ``weights_only=True``)."""
+        return {"policy": self.policy.to_json()} if self.policy is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the policy back."""
+        self.policy = ExitPolicy.from_json(state_dict["policy"], "the checkpoint's policy")
 
 
 def intents_beside(trainer: L.Trainer, mine: Calibrates) -> list[str]:
