@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.runs import calibrated, calibrated_once, fitted, fitted_once, shards
+from tests.steady import steady_clock
 
-__all__ = ["calibrated", "calibrated_once", "fitted", "fitted_once", "shards"]
+__all__ = ["calibrated", "calibrated_once", "fitted", "fitted_once", "shards", "steady_clock"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,5 @@
 """CalibrateEmbeddings on a plain project: candidates certify nothing, its policy embeds, `fit` is left alone."""
 
-from dataclasses import replace
 from functools import cache
 
 import lightning as L
@@ -9,7 +8,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mue import CalibrateEmbeddings, EmbedEngine, ExitPolicy, ExitRule
-from lightning_mue.callbacks import embedding
 from lightning_mue.callbacks.text_search import TextSearch
 from tests import zoo
 from tests.inference.test_gallery import CLASSES, WORDS, Words
@@ -66,20 +64,6 @@ def calibrate(**options):
 @pytest.fixture
 def module():
     return Project()
-
-
-@pytest.fixture
-def steady_clock(monkeypatch):
-    """Let a layer cost much and a signal little, whatever this machine does beside: that decides what is tested."""
-    measure = embedding.measure_embedding
-
-    def steady(*given):
-        table = measure(*given)
-        vision = table.streams["vision"]
-        costs = {"signal_ms": dict.fromkeys(vision.signal_ms, 0.05), "exit_ms_of": {}}
-        return replace(table, streams={"vision": replace(vision, fixed_ms=1.0, layer_ms=1.0, exit_ms=0.01, **costs)})
-
-    monkeypatch.setattr(embedding, "measure_embedding", steady)
 
 
 PAIRS = cache(Pairs)

@@ -166,7 +166,7 @@ def test_the_chain_is_rehearsed_before_any_other_sample_is_decoded(module, make_
     assert callback.policy.certificate.chain_hash == again.chain_hash
 
 
-def test_several_promises_by_group(make_trainer, tmp_path):
+def test_several_promises_by_group(make_trainer, tmp_path, steady_clock):
     """Groups are read where they lie; those too small run at full depth, and the engine asks for the group."""
 
     class Grouped(Foreign):
@@ -249,7 +249,7 @@ def test_in_another_runtime_8_bits_compete(module, make_loader, make_trainer, tm
         )
 
 
-def test_what_was_tested_goes_to_the_logger(module, make_loader, make_trainer):
+def test_what_was_tested_goes_to_the_logger(module, make_loader, make_trainer, steady_clock):
     callback = calibrate(keep=0.05)
     trainer = make_trainer(callback)
     trainer.validate(module, make_loader(), verbose=False)

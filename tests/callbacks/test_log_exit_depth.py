@@ -95,7 +95,7 @@ def test_full_depth_is_logged_without_decoding(module, make_loader, make_trainer
     }
 
 
-def test_follows_the_calibration_beside_it(module, make_loader, make_trainer):
+def test_follows_the_calibration_beside_it(module, make_loader, make_trainer, steady_clock):
     calibrate = CalibrateExits(keep=0.05, metric="consistency", max_new_tokens=TOKENS, latency_repeats=1)
     found = validate(make_trainer, module, make_loader(), calibrate, LogExitDepth(batches=SAMPLES))
     assert not calibrate.policy.is_full_depth

@@ -153,7 +153,7 @@ def test_resumed_training_is_bit_equal(run, tmp_path):
         assert_equal(states[0][index], states[1][index])
 
 
-def test_validate_calibrates_and_the_bundle_gives_the_same_tokens(run, tmp_path):
+def test_validate_calibrates_and_the_bundle_gives_the_same_tokens(run, tmp_path, steady_clock):
     _, _, path = run
     code = project(WITH_CALLBACKS, tmp_path)
     module = code.Captioner()

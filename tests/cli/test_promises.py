@@ -19,7 +19,7 @@ def ask(folder, **init_args):
     return folder
 
 
-def test_promises_in_a_recipe(fitted, shards, capsys):
+def test_promises_in_a_recipe(fitted, shards, capsys, steady_clock):
     promises = [{"metric": "consistency", "keep": 0.3}, {"metric": "cider", "drop": 5.0, "cap": 8.0}]
     ask(fitted, promises=promises)
     mue("calibrate", "-c", fitted / "recipe.yaml")
@@ -39,7 +39,7 @@ def test_promises_in_a_recipe(fitted, shards, capsys):
     mue("test", "-c", fitted / "recipe.yaml")
 
 
-def test_frequencies_of_a_file_and_a_metric_of_the_corpus(fitted, capsys):
+def test_frequencies_of_a_file_and_a_metric_of_the_corpus(fitted, capsys, steady_clock):
     DocumentFrequencies.from_references([["a red circle"], ["a blue square"]]).save(fitted / "df.json")
     ask(
         fitted,
