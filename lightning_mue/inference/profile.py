@@ -26,6 +26,9 @@ from lightning_mue.signals import NEEDS_LOGITS
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
+_STEPS_BEFORE = 3
+"""Steps of a decode before its pieces are timed: they find weights where a decode finds them, one step later."""
+
 Pieces = dict[str, Callable[[], object]]
 
 
@@ -174,22 +177,25 @@ def _decoder_pieces(executor: Any, exits: Exits | None, start_id: int, length: i
     base, upper = range(1, executor.base_layers + 1), range(executor.base_layers + 1, layers + 1)
     executor.embed([0], 0, [[start_id] * length])
     _each([*base, *upper], partial(_push, executor, (0, length, [0])))()
-    pieces: Pieces = {
-        "decoder.embed": partial(executor.embed, [0], at, [[start_id]]),
-        "decoder.head": partial(executor.choose, {layers: [(0, at)]}),
-        "decoder.memory": _each(upper, lambda k: executor.project_memory(k, [0])),
-    }
+    blocks: Pieces = {}
     for m in BLOCK_SIZES:
         if m <= length:
             push = partial(_push, executor, (length - m, length, [0]))
-            pieces[f"decoder.layers{m}"] = _each(upper, push)
-            if base:
-                pieces[f"decoder.base{m}"] = _each(base, push)
+            blocks |= {f"decoder.base{m}": _each(base, push)} if base else {}
+            blocks[f"decoder.layers{m}"] = _each(upper, push)
+    step = {name: piece for name, piece in blocks.items() if name in ("decoder.base1", "decoder.layers1")}
+    step |= {
+        "decoder.embed": partial(executor.embed, [0], at, [[start_id]]),
+        "decoder.head": partial(executor.choose, {layers: [(0, at)]}),
+    }
+    steps = _each(range(_STEPS_BEFORE), lambda _: [piece() for piece in step.values()])
+    pieces: Pieces = {"decoder.steps": steps} | step | blocks
     if exits is not None and "decoder" in exits.layers:
         pieces["decoder.exit"] = partial(executor.choose, {exits.layers["decoder"][0]: [(0, at)]})
     for signal in _signals(exits, "decoder", DECODER_SIGNALS):
         k = exits.layers["decoder"][0] if exits is not None else 0
         pieces[f"decoder.{signal}"] = partial(executor.score, signal, k, [(0, at)])
+    pieces["decoder.memory"] = _each(upper, lambda k: executor.project_memory(k, [0]))
     return pieces
 
 
