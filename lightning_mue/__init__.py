@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_mue.latency import LatencyTable
     from lightning_mue.policy import ExitPolicy, ExitRule
     from lightning_mue.promise import Promise
+    from lightning_mue.surface import disable, early_exit, enable
     from lightning_mue.trace import Trace
     from lightning_mue.training import MultiExitModule
 
@@ -52,6 +53,9 @@ _HOMES = {
     "Watch": "calibration.watch",
     "WatchedEngine": "inference.watched",
     "attach_exits": "exits",
+    "disable": "surface",
+    "early_exit": "surface",
+    "enable": "surface",
     "detach_exits": "exits",
     "freeze": "export",
     "load": "export",
@@ -81,6 +85,9 @@ __all__ = [
     "WatchedEngine",
     "attach_exits",
     "detach_exits",
+    "disable",
+    "early_exit",
+    "enable",
     "freeze",
     "load",
     "load_embedder",

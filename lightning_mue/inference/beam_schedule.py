@@ -1,8 +1,4 @@
-"""The schedule of a decode with beams: beams are rows, and nothing that they share is copied or computed again.
-
-Row ``s * K + b`` is beam ``b`` of sample ``s``. What a beam has in common with another lies in one place: a table says
-in which row's buffers each position of each row is. When beams go on from others, lines of that table are replaced.
-"""
+"""The schedule of a decode with beams: rows that share positions. Row ``s * K + b`` is beam ``b`` of sample ``s``."""
 
 from __future__ import annotations
 
@@ -12,14 +8,12 @@ from typing import Protocol
 import numpy as np
 
 from lightning_mue.inference.beams import BeamSearch, BeamSettings
-from lightning_mue.inference.schedule import Block, DecodeRecord, DecoderExits, Decoding, Executor, Place
+from lightning_mue.inference.schedule import DecodeRecord, DecoderExits, Place
+from lightning_mue.inference.sharing import SharingDecoding, SharingExecutor
 
 
-class BeamExecutor(Executor, Protocol):
-    """Runs layers for rows that share positions."""
-
-    def share(self, owner_RT: np.ndarray) -> None:
-        """From now on position ``t`` of row ``r`` is in row ``owner_RT[r, t]``; the table changes as beams go on."""
+class BeamExecutor(SharingExecutor, Protocol):
+    """Runs layers for beams."""
 
     def log_probs(self, exits: Mapping[int, Sequence[Place]]) -> np.ndarray:
         """Return the processed log probabilities ``[R, V]``, float32, of each place in turn, given by exit layer."""
@@ -46,13 +40,8 @@ def decode_beams(
     return _BeamDecoding(executor, exits, prompts, end_ids, steps, settings).run()
 
 
-class _BeamDecoding(Decoding):
-    """One decode under way.
-
-    Attributes:
-        owner: row -> position -> the row in whose buffers it lies, ``[R, T]``.
-        done: layer -> (owner, position) that it has computed.
-    """
+class _BeamDecoding(SharingDecoding):
+    """One decode under way."""
 
     executor: BeamExecutor
 
@@ -67,10 +56,7 @@ class _BeamDecoding(Decoding):
     ) -> None:
         self.beams = settings.num_beams
         super().__init__(executor, exits, [p for p in prompts for _ in range(self.beams)], end_ids, steps)
-        self.owner = np.arange(len(self.prompts))[:, None].repeat(max(self.before) + steps, 1)
-        self.done: list[set[Place]] = [set() for _ in self.frontier]
         self.searches = [BeamSearch(settings, end_ids, steps) for _ in prompts]
-        executor.share(self.owner)
 
     def run(self) -> DecodeRecord:
         """Decode; the record is then of samples instead of rows."""
@@ -102,27 +88,6 @@ class _BeamDecoding(Decoding):
             search = self.searches[sample]
             parents = search.advance(found_RV[[order[row] for row in source]], [depth[row] for row in source])
             if not search.done:
-                self._follow(of_sample, [source[parent] for parent in parents], search)
-
-    def _follow(self, rows: Sequence[int], parents: Sequence[int], search: BeamSearch) -> None:
-        """Let rows go on from others."""
-        self.owner[rows] = self.owner[parents]
-        position = self.at[parents[0]] + 1
-        self.owner[rows, position:] = np.array(rows)[:, None]
-        for of_layer in self.frontier:
-            for row, frontier in zip(rows, [of_layer[parent] for parent in parents], strict=True):
-                of_layer[row] = frontier
-        for row, beam in zip(rows, search.running, strict=True):
-            self.record.tokens[row], self.record.depths[row] = beam.tokens, beam.depths
-            self.at[row] = position
-
-    def _missing(self, layer: int, last: Mapping[int, int]) -> list[Block]:
-        """Leave out what another beam has computed, or is to compute in this call: it comes before what is missing."""
-        done, frontier = self.done[layer], self.frontier[layer]
-        for row, stop in last.items():
-            first, owner = frontier[row], self.owner[row].tolist()
-            while first < stop and (owner[first], first) in done:
-                first += 1
-            frontier[row] = first
-            done.update((owner[position], position) for position in range(first, stop))
-        return super()._missing(layer, last)
+                self._follow(of_sample, [source[parent] for parent in parents])
+                for row, beam in zip(of_sample, search.running, strict=True):
+                    self.record.tokens[row], self.record.depths[row] = beam.tokens, beam.depths

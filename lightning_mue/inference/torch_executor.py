@@ -80,6 +80,10 @@ class TorchExecutor:
         """From now on position ``t`` of row ``r`` is in row ``owner_RT[r, t]``; the table may change."""
         self._owner_RT = torch.from_numpy(owner_RT)
 
+    def sequences(self, length: int) -> Tensor:
+        """Return the first tokens of all rows, ``[B, length]``."""
+        return self.ids[self._where(slice(0, self.batch), 0, length)]
+
     def embed(self, rows: Sequence[int], first: int, tokens: Sequence[Sequence[int]]) -> None:
         """Write the states that enter layer 1."""
         with self._watch.part("embed"):
@@ -182,9 +186,13 @@ class TorchExecutor:
         """Return the processed log probabilities ``[R, V]`` of places, given by exit layer."""
         with self._watch.part("head"):
             places = [place for group in exits.values() for place in group]
-            h_RD = torch.cat([self._branch(k, *self._at(group)) for k, group in exits.items()])
-            log_probs_RV = self._decoder.head(self._decoder.norm(h_RD)).float().log_softmax(-1)  # over all tokens
+            log_probs_RV = self.logits(exits).float().log_softmax(-1)  # over all tokens
             return self._process(log_probs_RV, *self._at(places)).cpu().numpy()
+
+    def logits(self, exits: Mapping[int, Sequence[Place]]) -> Tensor:
+        """Return the logits ``[R, V]`` of places, given by exit layer, before any processor."""
+        h_RD = torch.cat([self._branch(k, *self._at(group)) for k, group in exits.items()])
+        return self._decoder.head(self._decoder.norm(h_RD))
 
     def _best(self, h_RD: Tensor, places: Sequence[Place]) -> list[int]:
         """Return the token that each exit branch chooses."""

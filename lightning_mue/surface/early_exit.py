@@ -1,0 +1,234 @@
+"""EarlyExit: the decoder leaves early inside transformers' own loop, which keeps choosing the tokens.
+
+Its greedy, sampling and beam loops call ``forward`` with new tokens and read logits. For the time of one ``generate``
+that ``forward`` is ours: the schedule's step, with our cache.
+Shapes: ``R`` rows (beams and returned sequences are rows), ``T`` tokens, ``S`` memory tokens, ``D`` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from lightning_mue.backbones.stream import TokenProcessor, additive_mask
+from lightning_mue.inference import ExitEngine
+from lightning_mue.inference.fed import FedDecoding
+from lightning_mue.inference.request import decoder_exits
+from lightning_mue.inference.stopwatch import Stopwatch
+from lightning_mue.inference.torch_executor import TorchExecutor
+from lightning_mue.policy import ExitPolicy
+
+_LOOPS = {
+    GenerationMode.GREEDY_SEARCH: "_sample",
+    GenerationMode.SAMPLE: "_sample",
+    GenerationMode.BEAM_SEARCH: "_beam_search",
+    GenerationMode.BEAM_SAMPLE: "_beam_search",
+}
+
+
+class Memory(BaseModelOutput):
+    """Encoder outputs that are already what the decoder reads."""
+
+
+class EarlyExit:
+    """A ``custom_generate`` of transformers: the decoder obeys a policy; the encoder ran before, at full depth.
+
+    Everything else is transformers' own: greedy, sampling, beams, ``num_return_sequences``, processors, criteria.
+    Signals that read logits see them after the processors, but before what bends a distribution to draw from.
+
+    Args:
+        policy: its rule for the decoder is obeyed.
+        streamer: gets tokens as they come; transformers gives a ``custom_generate`` none of its own.
+        check_fingerprint: refuse a policy made for other weights (hashing all weights takes a moment, once a model).
+
+    Raises:
+        ValueError: the policy asks for what transformers' loop cannot do.
+    """
+
+    def __init__(self, policy: ExitPolicy, streamer: Any = None, check_fingerprint: bool = True) -> None:
+        _check(policy)
+        self.policy, self.streamer, self._check_fingerprint = policy, streamer, check_fingerprint
+        self._engines: WeakKeyDictionary[nn.Module, ExitEngine] = WeakKeyDictionary()
+        self._depths: list[list[int]] = []
+
+    @property
+    def exit_depths(self) -> Tensor:
+        """Exit depth of each token of the latest call, int64 ``[R, T]``, 0 after a row's last step."""
+        return pad_sequence([torch.tensor(row, dtype=torch.long) for row in self._depths], batch_first=True)
+
+    def engine(self, model: nn.Module) -> ExitEngine:
+        """Return the engine of a model, made when it is first seen.
+
+        Raises:
+            ValueError: the policy does not fit the model.
+        """
+        if model not in self._engines:
+            self._engines[model] = ExitEngine(model, self.policy, self._check_fingerprint, runtime="torch")
+        return self._engines[model]
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Sequence[Any],
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Run the loop that the generation config asks for; transformers calls this.
+
+        Raises:
+            ValueError: another kind of generation, attentions or states to return, a padded decoder prompt, or a
+                policy that does not fit the model.
+        """
+        mode = generation_config.get_generation_mode()
+        if mode not in _LOOPS:
+            raise ValueError(f"Exits go with greedy decoding, sampling and beams, not with {mode.value!r}.")
+        if generation_config.output_attentions or generation_config.output_hidden_states:
+            raise ValueError("Layers that were left out have no attentions or states; leave `output_*` out.")
+        decoding = self._begin(model, input_ids, logits_processor, generation_config, model_kwargs)
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        loop = getattr(type(model), _LOOPS[mode])
+        given = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        given |= {"generation_config": generation_config, "streamer": self.streamer}
+        with _forward_by(model, _Step(decoding)) as step:
+            cached = model_kwargs | {"past_key_values": step.cache, "use_cache": True}
+            result = loop(model, input_ids, **given, **cached)
+        self._depths = decoding.record.depths
+        return result
+
+    def _begin(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        logits_processor: Sequence[Any],
+        generation_config: Any,
+        model_kwargs: Mapping[str, Any],
+    ) -> FedDecoding:
+        engine, outputs = self.engine(model), model_kwargs["encoder_outputs"]
+        valid_RT = model_kwargs.get("decoder_attention_mask")
+        if valid_RT is not None and not bool(valid_RT.all()):
+            raise ValueError("Decoder prompts of one call must be of one length: `decoder_attention_mask` has zeros.")
+        memory_RSD: Tensor = outputs.last_hidden_state
+        if not isinstance(outputs, Memory):
+            memory_RSD = engine.backbone.memory({_last_encoder(engine): memory_RSD})
+        valid_RS = model_kwargs.get("attention_mask")
+        mask = additive_mask(None if valid_RS is None else valid_RS.bool(), memory_RSD.dtype)
+        steps = generation_config.max_length - input_ids.shape[1]
+        processors: list[TokenProcessor] = []
+        silent = Stopwatch(memory_RSD.device, False)
+        positions = generation_config.max_length - 1
+        executor = TorchExecutor(engine.backbone, engine.exits, memory_RSD, mask, positions, processors, silent)
+        processors.append(_of_all_rows(logits_processor, executor))
+        return FedDecoding(executor, decoder_exits(self.policy, steps), input_ids.tolist(), steps)
+
+
+def early_exit(policy: ExitPolicy, streamer: Any = None, check_fingerprint: bool = True) -> EarlyExit:
+    """Return a ``custom_generate``: ``model.generate(**inputs, custom_generate=early_exit(policy))``.
+
+    The decoder's exits alone; ``enable`` is of all streams. Arguments as of `EarlyExit`.
+    """
+    return EarlyExit(policy, streamer, check_fingerprint)
+
+
+class _Step:
+    """A model's ``forward`` for the time of one loop, and the cache that the loop hands around."""
+
+    def __init__(self, decoding: FedDecoding) -> None:
+        self.decoding, self.cache = decoding, cast("Any", _Cache(decoding))
+
+    @torch.inference_mode()
+    def __call__(self, decoder_input_ids: Tensor, **_: Any) -> Seq2SeqLMOutput:
+        """Return the logits that choose the next tokens, ``[R, 1, V]``."""
+        decoding, ids_RT = self.decoding, decoder_input_ids
+        if ids_RT.shape[1] > 1:  # the prompt; some models are given the whole answer so far in each step
+            ids_RT = ids_RT[:, decoding.length :]
+        left = decoding.feed(ids_RT.tolist())
+        executor: Any = decoding.executor
+        logits_RV = executor.logits(left)
+        order_R = torch.tensor([row for places in left.values() for row, _ in places], device=logits_RV.device)
+        return Seq2SeqLMOutput(logits=logits_RV[order_R.argsort()][:, None], past_key_values=self.cache)
+
+
+class _Cache:
+    """What transformers asks of a cache; the K/V themselves stay with the executor."""
+
+    is_compileable = False
+
+    def __init__(self, decoding: FedDecoding) -> None:
+        self._decoding = decoding
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Positions so far."""
+        return self._decoding.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let beams go on from others."""
+        self._decoding.follow(beam_idx.tolist())
+
+
+@contextmanager
+def _forward_by(model: nn.Module, step: _Step) -> Iterator[_Step]:
+    """Let ``step`` be the model's ``forward``."""
+    before = model.__dict__.get("forward")
+    model.forward = step  # type: ignore[assignment]
+    try:
+        yield step
+    finally:
+        del model.__dict__["forward"]
+        if before is not None:
+            model.forward = before
+
+
+def _of_all_rows(processors: Sequence[Any], executor: TorchExecutor) -> TokenProcessor:
+    """Return transformers' processors as one for some rows alone: they may count rows, or know them by number."""
+    shaping: list[Callable[[Tensor, Tensor], Tensor]] = [
+        processor for processor in processors if not type(processor).__name__.endswith("Warper")
+    ]
+
+    def process(ids_RT: Tensor, logits_RV: Tensor, rows: Sequence[int]) -> Tensor:
+        if not shaping:
+            return logits_RV
+        every_BT = executor.sequences(ids_RT.shape[1])
+        every_BV = logits_RV.new_zeros(executor.batch, logits_RV.shape[1])
+        every_BV[list(rows)] = logits_RV
+        for processor in shaping:
+            every_BV = processor(every_BT, every_BV)
+        return every_BV[list(rows)]
+
+    return process
+
+
+def _last_encoder(engine: ExitEngine) -> str:
+    """Return the stream whose result transformers' encoder gives.
+
+    Raises:
+        ValueError: it gives another.
+    """
+    if len(engine.backbone.encoders) > 2:
+        raise ValueError(
+            "These exits take image and text apart in the encoder, which ran before `custom_generate`, and jointly: "
+            "use `enable`, which runs all streams."
+        )
+    return engine.backbone.encoders[-1].name
+
+
+def _check(policy: ExitPolicy) -> None:
+    """Refuse what needs an engine's own loop."""
+    for asked, what in (
+        (policy.groups is not None, "promises by group"),
+        (policy.verified, "drafts and verifies"),
+        (policy.precision is not None, f"computes in {policy.precision}"),
+        (policy.kv_fill != "just-in-time", f"makes up K/V by {policy.kv_fill!r}"),
+    ):
+        if asked:
+            raise ValueError(f"The policy {what}, which transformers' `generate` cannot do; use an ExitEngine.")
