@@ -106,6 +106,8 @@ PROMISES = (
     Promise("decode_int8_exits_layers", "ORT int8 ragged", ("ORT int8 full",), LAYERS, layers=True),
 )
 """Of the shape ``PROMISED``, on one thread. Where a line is not there yet, the figure is said to be missing."""
+PREDICTED = 0.1
+"""Predictions are promised to be off by so much at most."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -136,6 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 better = "lower" if promise.layers else "higher"
                 name = f"{promise.name}_b{batch}"
                 note(name, value, promise.targets[batch], better, promise.unit, command(args), where(args.threads))
+        if (off := farthest(found, predicted)) is not None:
+            unit = "of a line's time: how far predictions are off at most"
+            note("cost_model_off_b1", off, PREDICTED, "lower", unit, command(args), where(args.threads))
     print(text)
 
 
@@ -171,6 +176,16 @@ def promised(args: argparse.Namespace) -> bool:
 def values(found: Mapping[int, Mapping[str, Measured]]) -> list[tuple[Promise, int, float | None]]:
     """Return each promise at each batch size that was measured, with its value."""
     return [(p, batch, p.value(of_batch)) for p in PROMISES for batch, of_batch in found.items() if batch in p.targets]
+
+
+def farthest(found: Mapping[int, Mapping[str, Measured]], predicted: Mapping[int, Mapping[str, float]]) -> float | None:
+    """Return by which share of it the cost model is off a line's time, at most; None where nothing was predicted."""
+    off = [
+        abs(ms / float(np.median(found[batch][name].ms)) - 1)
+        for batch, of_batch in predicted.items()
+        for name, ms in of_batch.items()
+    ]
+    return max(off, default=None)
 
 
 def report(
