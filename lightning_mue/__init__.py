@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_mue.certificate import Certificate
     from lightning_mue.data import ShardsDataModule
     from lightning_mue.exits import ExitConfig, attach_exits, detach_exits, load_exits, save_exits
+    from lightning_mue.exits.pretrained import from_pretrained
     from lightning_mue.export import freeze, load, load_embedder
     from lightning_mue.inference import ExitEngine
     from lightning_mue.inference.embedding import EmbedEngine
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_mue.surface import disable, early_exit, enable
     from lightning_mue.trace import Trace
     from lightning_mue.training import MultiExitModule
+    from lightning_mue.training.exit_losses import exit_losses
 
 __version__ = "0.1.0"
 
@@ -56,8 +58,10 @@ _HOMES = {
     "disable": "surface",
     "early_exit": "surface",
     "enable": "surface",
+    "exit_losses": "training.exit_losses",
     "detach_exits": "exits",
     "freeze": "export",
+    "from_pretrained": "exits.pretrained",
     "load": "export",
     "load_embedder": "export",
     "load_exits": "exits",
@@ -88,7 +92,9 @@ __all__ = [
     "disable",
     "early_exit",
     "enable",
+    "exit_losses",
     "freeze",
+    "from_pretrained",
     "load",
     "load_embedder",
     "load_exits",

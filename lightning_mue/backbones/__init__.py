@@ -1,6 +1,6 @@
 """Views of supported models as streams of layers; the only folder that knows transformers and open_clip."""
 
-from lightning_mue.backbones.load import backbone_config, build_backbone, fingerprint
+from lightning_mue.backbones.load import backbone_config, build_backbone, fingerprint, read_weights
 from lightning_mue.backbones.stream import Backbone, DecoderStream, DecodeSettings, EncoderStream, StreamState
 from lightning_mue.backbones.stream import exit_streams as exit_streams
 from lightning_mue.backbones.stream import num_layers as num_layers
@@ -18,5 +18,6 @@ __all__ = [
     "exit_streams",
     "fingerprint",
     "num_layers",
+    "read_weights",
     "view",
 ]

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from lightning_mue.backbones.view import EXITS
 
@@ -85,10 +88,29 @@ def backbone_config(model: Any) -> dict[str, Any]:
             "`lightning_mue.backbones.build_backbone` first, and attach exits to what it returns."
         )
     config: PreTrainedConfig = model.config
-    return config.to_diff_dict() | {
-        "model_type": config.model_type,
-        "generation_config": model.generation_config.to_diff_dict(),
-    }
+    own = {name: value for name, value in config.to_diff_dict().items() if name != EXITS}
+    return own | {"model_type": config.model_type, "generation_config": model.generation_config.to_diff_dict()}
+
+
+def read_weights(source: str, prefix: str) -> dict[str, torch.Tensor]:
+    """Return the weights under a prefix, which is left out of their names, of a folder or hub name; no pickle is read.
+
+    Raises:
+        ValueError: there are no safetensors.
+    """
+    files: list[str] = []
+    if (index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)) is not None:
+        files = get_checkpoint_shard_files(source, index)[0]
+    elif (whole := cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)) is not None:
+        files = [whole]
+    if not files:
+        raise ValueError(f"{source} holds no `{SAFE_WEIGHTS_NAME}`; save it again with `save_pretrained`.")
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            names = [name for name in weights.keys() if name.startswith(prefix)]  # noqa: SIM118
+            found |= {name.removeprefix(prefix): weights.get_tensor(name) for name in names}
+    return found
 
 
 def fingerprint(model: nn.Module) -> str:

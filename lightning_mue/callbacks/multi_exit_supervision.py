@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -141,13 +142,15 @@ class MultiExitSupervision(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Let the loss be the objective in this step: in the model's place, or beside the project's own."""
-        model, alone = held_model(pl_module, self.model), computes_loss(held_model(pl_module, self.model))
+        model = held_model(pl_module, self.model)
         self._restore()
 
-        def loss(given: Mapping[str, Any]) -> Tensor:
-            return self._loss(trainer, pl_module, model, given, beside=not alone)
+        def loss(given: Mapping[str, Any], beside: bool) -> Tensor:
+            return self._loss(trainer, pl_module, model, given, beside)
 
-        self._restore_step = replace_loss(model, loss) if alone else add_loss(pl_module, model, loss)
+        added = partial(loss, beside=True)
+        alone = computes_loss(model)
+        self._restore_step = replace_loss(model, loss) if alone else add_loss(pl_module, model, added)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -156,8 +159,9 @@ class MultiExitSupervision(L.Callback):
         self._restore()
         if not self._supervised and outputs:  # nothing: the step passed over its batch
             raise ValueError(
-                f"`training_step` did not call `self.{self.model}(...)` with gradients, so no exit was trained; "
-                f"`model` must name the module whose `loss` it returns, got {self.model!r}."
+                f"`training_step` read no `loss` of `self.{self.model}(...)` with gradients, so no exit was trained; "
+                f"`model` must name the module whose `loss` it returns, got {self.model!r}. A step that makes its loss "
+                "of `logits` adds `lightning_mue.exit_losses(model, outputs, labels)`."
             )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -6,12 +6,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_mue.backbones import Backbone
 from lightning_mue.backbones.contrastive import labels_of
 from lightning_mue.callbacks.batches import missing_inputs
+from lightning_mue.prompt import IGNORE
+from lightning_mue.training.supervised import shift_right
 
 
 def computes_loss(model: Any) -> bool:
@@ -32,6 +35,7 @@ def read_call(model: Any, backbone: Backbone, given: Mapping[str, Any]) -> tuple
     """
     if not computes_loss(model):
         given = _pairs(backbone, given)
+    given = _without_shifted(backbone, given)
     _check(model, backbone.generate_inputs, given)
     inputs = {name: given[name] for name in backbone.generate_inputs if given.get(name) is not None}
     return inputs, given["labels"]
@@ -45,6 +49,17 @@ def _pairs(backbone: Backbone, given: Mapping[str, Any]) -> dict[str, Any]:
     labels_BT = labels_of(given["text"], backbone.decode_settings(None).start_id, backbone.contrastive)
     others = {name: value for name, value in given.items() if name not in ("image", "text")}
     return others | {"pixel_values": given["image"], "labels": labels_BT}
+
+
+def _without_shifted(backbone: Backbone, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave out decoder inputs that are what the labels make: a project that reads logits may give both."""
+    ids_BT, labels_BT = given.get("decoder_input_ids"), given.get("labels")
+    if ids_BT is None or labels_BT is None or ids_BT.shape != labels_BT.shape:
+        return given
+    settings, counts_BT = backbone.decode_settings(None), labels_BT != IGNORE
+    if not torch.equal(shift_right(labels_BT, settings.start_id, settings.pad_id)[counts_BT], ids_BT[counts_BT]):
+        return given
+    return {name: value for name, value in given.items() if name not in ("decoder_input_ids", "decoder_attention_mask")}
 
 
 def _check(model: Any, wanted: tuple[str, ...], given: Mapping[str, Any]) -> None:

@@ -82,13 +82,13 @@ def objective(
         found = supervise(backbone, exits, inputs, labels_BT, step.depths, None, temperature)
         by_exit = {k: result.loss for k, result in found.results.items()}
         left_out = beside and not step.depths
-        deep = how.caption * _weighted(by_exit, how, beside, left_out) + zero
+        deep = how.caption * weighted(by_exit, how, beside, left_out) + zero
         apart = [result.divergence for result in found.results.values() if result.divergence is not None]
         distill = torch.stack(apart).mean() if apart else distill
         if how.contrast and backbone.contrastive is not None:
             left = found.left[backbone.contrastive.image.name]
             compared = contrast(backbone.contrastive, exits, left, labels_BT, backbone.decode_settings(None).start_id)
-            deep = deep + how.contrast * _weighted(compared, how, beside, left_out)
+            deep = deep + how.contrast * weighted(compared, how, beside, left_out)
     if exits.config.gate and how.gate_weight:
         gates = gates + _decoder_gates(backbone, exits, inputs, found, step, how)
         gates = gates + stream_gates(backbone, exits, inputs, labels_BT, step.depths, how.gate_balance)
@@ -99,7 +99,7 @@ def objective(
     return Objective(total, gates.detach(), distill.detach(), by_exit, compared)
 
 
-def _weighted(losses: dict[int, Tensor], how: Supervision, beside: bool, left_out: bool) -> Tensor | float:
+def weighted(losses: dict[int, Tensor], how: Supervision, beside: bool, left_out: bool) -> Tensor | float:
     """Return the weighted sum over layers; ``beside``: in units of the last one's weight, which may be left out."""
     weights = exit_weights(how.weighting, tuple(losses))
     unit, last = (weights[-1] if beside else 1.0), max(losses)

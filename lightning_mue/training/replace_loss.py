@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LossOf = Callable[[Mapping[str, Any], bool], Tensor]
+"""Arguments of a call by name, and whether the model's own loss comes from elsewhere -> loss."""
 
-def replace_loss(model: Any, loss_of: Callable[[Mapping[str, Any]], Tensor]) -> Callable[[], None]:
-    """Make ``model(**batch).loss`` be ``loss_of(batch)``; calls without gradients stay the model's own.
 
-    The model's own forward does not run, so that nothing is computed twice.
+def replace_loss(model: Any, loss_of: LossOf) -> Callable[[], None]:
+    """Make ``model(**batch).loss`` be ``loss_of(batch, False)``; calls without gradients stay the model's own.
+
+    The model's own forward does not run unless something else of its output is read, so that nothing is computed twice.
 
     Args:
         model: its ``forward`` is replaced on the instance.
-        loss_of: arguments of the call by name -> loss.
+        loss_of: what the loss is.
 
     Returns:
         What puts the model's own forward back.
@@ -32,7 +35,7 @@ def replace_loss(model: Any, loss_of: Callable[[Mapping[str, Any]], Tensor]) -> 
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
-        return TrainingOutput(loss_of(given), lambda: plain(*args, **kwargs))
+        return TrainingOutput(given, loss_of, lambda: plain(*args, **kwargs))
 
     return replace_attribute(model, "forward", forward)
 
@@ -52,15 +55,25 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 class TrainingOutput:
-    """An output whose ``loss`` was replaced; all else, such as ``logits``, the model computes when it is asked for.
+    """An output whose ``loss`` is another; it and all else, such as ``logits``, are computed when they are read.
 
     Args:
-        loss: stands for the model's own.
+        given: arguments of the call by name.
+        loss_of: what the loss is.
         forward: the model's own call.
     """
 
-    def __init__(self, loss: Tensor, forward: Callable[[], Any]) -> None:
-        self.loss, self._forward = loss, forward
+    def __init__(self, given: Mapping[str, Any], loss_of: LossOf, forward: Callable[[], Any]) -> None:
+        self._given, self._loss_of, self._forward = given, loss_of, forward
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """Stands for the model's own."""
+        return self._loss_of(self._given, False)
+
+    def exit_losses(self, labels_BT: Tensor) -> Tensor:
+        """Return what to add to a loss that somebody else made of ``logits``."""
+        return self._loss_of({**self._given, "labels": labels_BT}, True)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # asked for by Python itself, as in a copy

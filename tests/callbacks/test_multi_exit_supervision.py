@@ -336,7 +336,7 @@ def test_sharded_weights_are_refused():
         (
             supervision,
             lambda: Captioner(lambda net, batch: net.lm_head.weight.sum()),
-            r"did not call `self\.net\(\.\.\.\)` with gradients",
+            r"read no `loss` of `self\.net\(\.\.\.\)` with gradients",
         ),
     ],
 )

@@ -1,0 +1,34 @@
+"""from_pretrained: a model and its exits, as transformers' own ``save_pretrained`` wrote them."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from lightning_mue.backbones import EXITS, build_backbone, read_weights
+from lightning_mue.exits.exits_file import SCHEMA, unpack_exits
+
+
+def from_pretrained(source: str | os.PathLike[str]) -> nn.Module:
+    """Return a model with the exits that it had at ``model.save_pretrained(source)``.
+
+    transformers' own ``from_pretrained`` reads the same folder, without exits.
+
+    Args:
+        source: the folder, or a hub name.
+
+    Raises:
+        ValueError: it holds no exits, or others than its config names.
+    """
+    source = str(source)
+    model = build_backbone(source)
+    config = getattr(model.config, EXITS, None)
+    if config is None:
+        raise ValueError(
+            f"{source} names no exits: it was saved without, or by an older version. Load it with transformers, and "
+            "attach exits (`attach_exits`) or load them (`load_exits`)."
+        )
+    packed = {"schema": SCHEMA, "exits": config, "weights": read_weights(source, f"{EXITS}.")}
+    unpack_exits(model, packed, source)
+    return model
