@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import VisionEncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_mue.exits import attached
@@ -84,18 +85,16 @@ def left_after(model: Any, stream: str, depth: int):
         with _coca_left_after(model, coca, stream, depth):
             yield
         return
-    language = model.model.language_model
-    owner, name = {
-        "vision": (model.model.vision_tower.blocks, "2"),  # the third stage is the long one
-        "decoder": (language.decoder, "layers"),
-    }.get(stream, (language.encoder, "layers"))
+    owner, name = _layers_at(model, stream)
     exits, layers = attached(model), getattr(owner, name)
 
-    def adapt(_layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        if stream != "vision":
-            return exits.adapt(stream, depth, output)
-        flat_BTD = exits.adapt(stream, depth, output.flatten(2).transpose(1, 2))
-        return flat_BTD.transpose(1, 2).reshape(output.shape)
+    def adapt(_layer: nn.Module, _args: Any, output: Any) -> Any:
+        h, *beside = output if isinstance(output, tuple) else (output,)
+        if h.ndim == 3:
+            h = exits.adapt(stream, depth, h)
+        else:
+            h = exits.adapt(stream, depth, h.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(h.shape)
+        return (h, *beside) if isinstance(output, tuple) else h
 
     hook = layers[depth - 1].register_forward_hook(adapt)
     setattr(owner, name, layers[:depth])
@@ -104,6 +103,33 @@ def left_after(model: Any, stream: str, depth: int):
     finally:
         hook.remove()
         setattr(owner, name, layers)
+
+
+def decoder(model: Any) -> Any:
+    """Return the module of transformers that holds the decoder's layers."""
+    if not isinstance(model, VisionEncoderDecoderModel):
+        return model.model.language_model.decoder
+    return model.decoder.transformer if hasattr(model.decoder, "transformer") else model.decoder.model.decoder
+
+
+def _layers_at(model: Any, stream: str) -> tuple[nn.Module, str]:
+    """Return what holds a stream's layers, and under which name."""
+    if stream == "decoder":
+        return decoder(model), "h" if hasattr(decoder(model), "h") else "layers"
+    if isinstance(model, VisionEncoderDecoderModel):
+        swin = getattr(model.encoder, "encoder", None)
+        return (model.encoder, "layers") if swin is None else (swin.layers[1], "blocks")  # the second is the long one
+    if stream == "vision":
+        return model.model.vision_tower.blocks, "2"  # the third stage is the long one
+    return model.model.language_model.encoder, "layers"
+
+
+@torch.no_grad()
+def memory(model: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return what the decoder's cross-attention reads, ``[B, S, D]``."""
+    start = torch.zeros(len(tensors["pixel_values"]), 1, dtype=torch.long)
+    found = model(**inputs(model, tensors), decoder_input_ids=start).encoder_last_hidden_state
+    return model.enc_to_dec_proj(found) if hasattr(model, "enc_to_dec_proj") else found
 
 
 @contextmanager
@@ -176,10 +202,11 @@ def suppressed(model: Any, logits: Tensor) -> Tensor:
 
 
 def final_norm(model: Any) -> nn.Module:
-    """Return what the decoder applies after its last layer: mBART's norm, nothing for BART."""
+    """Return what the decoder applies after its last layer: mBART's or GPT-2's norm, nothing for BART and TrOCR."""
     if (coca := getattr(model, "coca", None)) is not None:
         return coca.text_decoder.ln_final
-    return getattr(model.model.language_model.decoder, "layer_norm", nn.Identity())
+    norms = [getattr(decoder(model), name, None) for name in ("layer_norm", "ln_f")]
+    return next((norm for norm in norms if norm is not None), nn.Identity())
 
 
 def exit_logits(model: Any, layer: int, h_BTD: Tensor) -> Tensor:
@@ -187,5 +214,5 @@ def exit_logits(model: Any, layer: int, h_BTD: Tensor) -> Tensor:
     with torch.no_grad():
         normed = final_norm(model)(attached(model).adapters[f"decoder_{layer}"](h_BTD))
         if (coca := getattr(model, "coca", None)) is None:
-            return model.lm_head(normed)
+            return model.get_output_embeddings()(normed)
         return normed @ coca.text_decoder.text_projection

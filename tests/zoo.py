@@ -110,7 +110,46 @@ def tiny_coca() -> nn.Module:
     return model
 
 
-def coca_inputs(batch: int, seed: int = 0, prompt: int = 0) -> dict[str, Tensor]:
+def tiny_captioner(encoder: dict[str, Any], decoder: dict[str, Any]) -> nn.Module:
+    """A ``VisionEncoderDecoderModel``."""
+    ids = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END, "decoder_start_token_id": START}
+    drawn = {"initializer_range": 0.3, "init_std": 0.3}
+    return build_backbone(
+        {
+            "model_type": "vision-encoder-decoder",
+            "encoder": {"image_size": 64, **drawn, **encoder},
+            "decoder": {"vocab_size": VOCABULARY, "max_position_embeddings": 64, **ids, **drawn, **decoder},
+            "pad_token_id": PAD,
+            "decoder_start_token_id": START,
+            "generation_config": ids | {"max_new_tokens": 12},
+        }
+    )
+
+
+VIT = {"patch_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+BART = {"d_model": 32, "decoder_layers": 5, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+
+
+def tiny_trocr() -> nn.Module:
+    """As the small TrOCR: the decoder's cross-attention reads a DeiT's width, and embeddings are scaled."""
+    decoder = {"model_type": "trocr", **BART, "cross_attention_hidden_size": 24, "scale_embedding": True}
+    return tiny_captioner({"model_type": "deit", **VIT, "hidden_size": 24}, decoder)
+
+
+def tiny_vit_gpt2() -> nn.Module:
+    """Encoder and decoder of one width."""
+    shape = {"n_embd": 32, "n_layer": 5, "n_head": 4, "n_inner": 48, "n_positions": 64, "add_cross_attention": True}
+    return tiny_captioner({"model_type": "vit", **VIT, "hidden_size": 32}, {"model_type": "gpt2", **shape})
+
+
+def tiny_donut() -> nn.Module:
+    """Windows are shifted in every second block of the long stage; the memory is projected to the decoder's width."""
+    swin = {"patch_size": 4, "embed_dim": 12, "depths": [1, 4, 1], "num_heads": [2, 4, 4], "window_size": 4}
+    still = {"drop_path_rate": 0.0}
+    return tiny_captioner({"model_type": "donut-swin", **swin, **still}, {"model_type": "mbart", **BART})
+
+
+def picture_inputs(batch: int, seed: int = 0, prompt: int = 0) -> dict[str, Tensor]:
     """Pictures alone: an encoder that reads prompts there is none."""
     del prompt
     return {"pixel_values": torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed))}
@@ -137,7 +176,10 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tens
         florence2_inputs,
         {"vision": [1, 3], "image": [1, 3], "text": [1, 2, 3], "decoder": [1, 2, 4], "text_reads_image": True},
     ),
-    "coca": (tiny_coca, coca_inputs, {"vision": [1, 2, 3], "text": [1], "decoder": [3, 4, 5]}),
+    "coca": (tiny_coca, picture_inputs, {"vision": [1, 2, 3], "text": [1], "decoder": [3, 4, 5]}),
+    "trocr": (tiny_trocr, picture_inputs, {"vision": [1, 3], "decoder": [1, 2, 4]}),
+    "vit_gpt2": (tiny_vit_gpt2, picture_inputs, {"vision": [1, 3], "decoder": [1, 2, 4]}),
+    "donut": (tiny_donut, picture_inputs, {"vision": [1, 3], "decoder": [1, 2, 4]}),
 }
 """Name -> model, inputs, and what its ``ExitConfig`` says."""
 
@@ -162,6 +204,11 @@ def shared(name: str, seed: int = 0) -> nn.Module:
 
 def inputs(name: str, batch: int, seed: int = 0) -> dict[str, Tensor]:
     return BACKBONES[name][1](batch, seed)
+
+
+def reads_prompts(name: str) -> bool:
+    """Whether an encoder reads a prompt beside the picture."""
+    return "input_ids" in inputs(name, 1)
 
 
 def alone(tensors: dict[str, Tensor], row: int) -> dict[str, Tensor]:

@@ -1,20 +1,16 @@
 """The BART family's decoder as a decoder stream: the layers of transformers themselves, fed with our K/V buffers.
 
-BART is post-norm, mBART pre-norm with a final norm; they are alike in all else that matters here.
+BART and TrOCR are post-norm, mBART is pre-norm with a final norm. A TrOCR may have sinusoidal positions and no norm of
+the embeddings, and read a memory of another width. They are alike in all else that matters here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from transformers import EncoderDecoderCache
 
+from lightning_mue.backbones.decoder import LayerCache, NormAndHead
 from lightning_mue.backbones.pieces import LayerPieces, bart_pieces
 from lightning_mue.backbones.stream import LayerKV
 
@@ -29,22 +25,8 @@ def final_norm(stack: Any) -> nn.Module:
     return stack.layer_norm if is_prenorm(stack) else nn.Identity()
 
 
-class _LayerCache(EncoderDecoderCache):
-    """Hands one layer's K/V to the layer's attention, which asks an encoder-decoder cache for them.
-
-    ``is_updated`` says that the memory is already projected, so that the layer reads ``memory_kv``'s result.
-    """
-
-    def __init__(self, k: int, kv: LayerKV) -> None:
-        key, value = kv.memory()
-        index = k - 1
-        self.is_updated = {index: True}
-        self.self_attention_cache: Any = SimpleNamespace(update=lambda key, value, _layer: kv.update(key, value))
-        self.cross_attention_cache: Any = SimpleNamespace(layers={index: SimpleNamespace(keys=key, values=value)})
-
-
-class BartDecoderStream:
-    """A ``BartDecoder`` or ``MBartDecoder`` and the head above it.
+class BartDecoderStream(NormAndHead):
+    """A ``BartDecoder``, ``MBartDecoder`` or ``TrOCRDecoder`` and the head above it.
 
     Args:
         decoder: the backbone's decoder.
@@ -52,32 +34,23 @@ class BartDecoderStream:
     """
 
     def __init__(self, decoder: Any, head: nn.Linear) -> None:
-        self._decoder = decoder
-        self._head = head
-        self._norm, self._prenorm = final_norm(decoder), is_prenorm(decoder)
+        super().__init__(final_norm(decoder), head)
+        self._decoder, self._prenorm = decoder, is_prenorm(decoder)
         config = self._decoder.config
         self.num_layers = len(self._decoder.layers)
         self.width = config.d_model
         self.num_heads = config.decoder_attention_heads
         self.head_dim = config.d_model // config.decoder_attention_heads
+        self.memory_width = self._decoder.layers[0].encoder_attn.k_proj.in_features
         self.max_positions = config.max_position_embeddings
-        self.vocab_size = head.out_features
-
-    first_exit = 1
-
-    def reads_memory(self, k: int) -> bool:
-        """All layers do."""
-        return True
-
-    def embed(self, ids_BT: Tensor, first: int) -> Tensor:
-        """Token and position embeddings, as ``BartDecoder.forward`` adds them."""
-        return self.embed_at(ids_BT, torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device))
 
     def embed_at(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:
-        """The same, of positions that are named."""
+        """Token and position embeddings, as the decoder's own ``forward`` adds them."""
         decoder = self._decoder
-        h_BTD = decoder.embed_tokens(ids_BT) + decoder.embed_positions(ids_BT, position_ids=positions_T)
-        h_BTD = decoder.layernorm_embedding(h_BTD)
+        h_BTD = decoder.embed_tokens(ids_BT)
+        h_BTD = h_BTD + self._positions(ids_BT, positions_T).to(h_BTD.dtype)
+        if decoder.layernorm_embedding is not None:
+            h_BTD = decoder.layernorm_embedding(h_BTD)
         return nn.functional.dropout(h_BTD, p=decoder.dropout, training=decoder.training)
 
     def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,55 +66,53 @@ class BartDecoderStream:
         self, k: int, h_BTD: Tensor, kv: LayerKV, self_mask: Tensor | None, memory_mask: Tensor | None
     ) -> Tensor:
         """The layer itself; its K/V come from and go to ``kv``."""
-        # encoder_hidden_states only tells the layer that there is a memory: its K/V are in the cache.
-        return self._decoder.layers[k - 1](
-            h_BTD,
-            self_mask,
-            encoder_hidden_states=h_BTD,
-            encoder_attention_mask=memory_mask,
-            past_key_values=_LayerCache(k, kv),
-        )
+        # The states stand for the memory, whose K/V are in the cache: they only tell the layer that there is one.
+        return self._run(k, h_BTD, h_BTD, self_mask, memory_mask, LayerCache(k, kv))
 
     def layer(
         self, k: int, h_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor | None, memory_mask: Tensor | None
     ) -> Tensor:
         """The layer itself, without a cache."""
-        return self._decoder.layers[k - 1](
-            h_BTD, self_mask, memory_BSD, encoder_attention_mask=memory_mask, past_key_values=None, use_cache=False
-        )
+        return self._run(k, h_BTD, memory_BSD, self_mask, memory_mask, None)
 
     def pieces(self, k: int) -> LayerPieces:
         """Layer ``k`` cut at its attentions."""
         return bart_pieces(self._decoder.layers[k - 1], self.num_heads, self._prenorm)
 
-    @property
-    def norm_piece(self) -> nn.Module:
-        """The final norm as a module."""
-        return self._norm
+    def _run(
+        self,
+        k: int,
+        h_BTD: Tensor,
+        memory_BSD: Tensor,
+        self_mask: Tensor | None,
+        memory_mask: Tensor | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        if self_mask is not None:  # TrOCR's attention broadcasts no mask
+            self_mask = self_mask.expand(len(h_BTD), -1, -1, -1)
+        found = self._decoder.layers[k - 1](
+            h_BTD,
+            self_mask,
+            memory_BSD,
+            encoder_attention_mask=memory_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        result_BTD: Tensor = found[0] if isinstance(found, tuple) else found  # of TrOCR a tuple
+        return result_BTD
 
-    @property
-    def head_piece(self) -> nn.Module:
-        """The head as a module."""
-        return self._head
-
-    def head_weights(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Matrix and bias of the head, as float32 arrays that share the parameters' memory where they can."""
-        weight, bias = (None if p is None else p.detach().float() for p in (self._head.weight, self._head.bias))
-        assert weight is not None
-        return weight.numpy(), None if bias is None else bias.numpy()
-
-    def norm(self, h_BTD: Tensor) -> Tensor:
-        """The final norm; nothing is left to apply where layers are post-norm."""
-        return self._norm(h_BTD)
-
-    def head(self, h_BTD: Tensor) -> Tensor:
-        """Vocabulary logits."""
-        return self._head(h_BTD)
-
-    def head_rows(self, ids_S: Tensor) -> Callable[[Tensor], Tensor]:
-        """Rows of the head's matrix."""
-        bias = None if self._head.bias is None else self._head.bias[ids_S]
-        return partial(nn.functional.linear, weight=self._head.weight[ids_S], bias=bias)
+    def _positions(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:
+        positions = self._decoder.embed_positions
+        if isinstance(positions, nn.Embedding):
+            return positions(ids_BT, position_ids=positions_T)
+        if (
+            positions.weights.device != ids_BT.device
+        ):  # no weights: `.to` does not move them, nor does loading make them
+            size = (len(positions.weights), positions.embedding_dim, positions.padding_idx)
+            positions.weights = positions.get_embedding(*size).to(ids_BT.device)
+        # They leave padding out, so they are of tokens, each of which is asked about as a step of its own.
+        of_token = positions_T.expand(ids_BT.shape).reshape(-1, 1)
+        return positions(ids_BT.reshape(-1, 1), of_token).view(*ids_BT.shape, -1)
 
     def _project(self, attention: Any, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         shape = (*h_BTD.shape[:2], self.num_heads, self.head_dim)

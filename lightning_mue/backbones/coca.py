@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_mue.backbones.coca_contrast import CoCaContrast
 from lightning_mue.backbones.coca_model import CoCaForConditionalGeneration, check_towers
-from lightning_mue.backbones.generation import build_processors, generate_with_prompts, read_settings
+from lightning_mue.backbones.generation import build_processors, generate_as_asked, read_settings
 from lightning_mue.backbones.pieces import LayerPieces, coca_pieces
 from lightning_mue.backbones.stream import (
     DecodeSettings,
@@ -70,7 +70,8 @@ class CoCaDecoderStream:
         self._decoder: Any = coca.text_decoder
         self.first_exit = len(self._text.transformer.resblocks) + 1
         self.num_layers = self.first_exit - 1 + len(self._decoder.resblocks)
-        self.width, self.num_heads = self._text.width, self._text.heads
+        self.width = self.memory_width = self._text.width
+        self.num_heads = self._text.heads
         self.head_dim = self.width // self.num_heads
         self.max_positions = min(self._text.context_length, self._decoder.context_length)
         self.vocab_size = self._decoder.text_projection.shape[1]
@@ -197,11 +198,7 @@ class CoCaView:
     def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
         """Transformers' ``generate`` over CoCa's own forward, all of it anew at every step: upstream has no cache."""
         given = {name: inputs[name] for name in self.generate_inputs if inputs.get(name) is not None}
-        if "decoder_prompt" in given:
-            decode = self.decode_settings(settings.get("max_new_tokens"))
-            settings["max_new_tokens"] = decode.max_new_tokens
-            return generate_with_prompts(self._shell.generate, given, decode, **settings)
-        return self._shell.generate(**given, **settings)
+        return generate_as_asked(self._shell.generate, given, self.decode_settings, settings)
 
     def memory(self, done: Outputs) -> Tensor:
         """The image tokens."""

@@ -11,7 +11,7 @@ from transformers import Florence2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_mue.backbones.bart import BartDecoderStream
-from lightning_mue.backbones.generation import build_processors, generate_with_prompts, read_settings
+from lightning_mue.backbones.generation import build_processors, generate_as_asked, read_settings
 from lightning_mue.backbones.joint import JointEncoderStream
 from lightning_mue.backbones.modality import modality_order, modality_streams
 from lightning_mue.backbones.stream import (
@@ -98,11 +98,7 @@ class Florence2View:
     def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
         """Transformers' own ``generate``; of the decomposed encoder's memory where there is one."""
         given = {name: inputs[name] for name in self.generate_inputs if inputs.get(name) is not None}
-        if "decoder_prompt" in given:
-            decode = self.decode_settings(settings.get("max_new_tokens"))
-            settings["max_new_tokens"] = decode.max_new_tokens  # a `max_length` would count the prompt
-            return generate_with_prompts(self._generate, given, decode, **settings)
-        return self._generate(**given, **settings)
+        return generate_as_asked(self._generate, given, self.decode_settings, settings)
 
     def _generate(self, **inputs_and_settings: Any) -> Tensor:
         given = {k: v for k, v in inputs_and_settings.items() if k in self.generate_inputs}

@@ -77,6 +77,27 @@ def _limit(config: GenerationConfig, max_new_tokens: int | None) -> int:
     return limit
 
 
+def generate_as_asked(
+    generate: Callable[..., Tensor],
+    inputs: Inputs,
+    decode_settings: Callable[[int | None], DecodeSettings],
+    asked: Mapping[str, Any],
+) -> Tensor:
+    """Call transformers' ``generate``; with decoder prompts where there are any.
+
+    Args:
+        generate: of a model.
+        inputs: tensors, batch first.
+        decode_settings: of the backbone's view.
+        asked: settings of ``generate``.
+    """
+    if "decoder_prompt" not in inputs:
+        return generate(**inputs, **asked)
+    settings = decode_settings(asked.get("max_new_tokens"))
+    how = {**asked, "max_new_tokens": settings.max_new_tokens}  # a `max_length` would count the prompt
+    return generate_with_prompts(generate, inputs, settings, **how)
+
+
 def generate_with_prompts(
     generate: Callable[..., Tensor], inputs: Inputs, settings: DecodeSettings, **asked: Any
 ) -> Tensor:

@@ -19,6 +19,9 @@ from lightning_mue.backbones.view import EXITS
 _COCA = "open_clip_coca"
 OPEN_CLIP = "open_clip:"
 """Prefix of what open_clip knows by name."""
+_UNREAD = "encoder.pooler."
+"""Prefix of weights that a ``VisionEncoderDecoderModel`` has and never reads. Published ones lack them, so they are
+others each time such a model is loaded."""
 
 
 def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
@@ -44,20 +47,28 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
         if (config := Path(source, "config.json")).is_file() and _COCA in config.read_text(encoding="utf-8"):
             _shell()
         # What is kept in float16 does not train in it; transformers loads into eval mode, which Lightning would keep.
-        return AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).train()
+        return _ready(AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).train())
     settings = dict(source)
     if "model_type" not in settings:
         raise ValueError(f"A backbone config needs `model_type` (such as 'florence2'), got the keys {sorted(settings)}")
     if settings["model_type"] == _COCA:
         _shell()
     generation, position_std = settings.pop("generation_config", None), settings.pop("position_std", None)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings))
+    model = _ready(AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings)))
     if generation:
         model.generation_config = GenerationConfig(**generation)
     if position_std is not None:
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding) and "position" in name:
                 nn.init.normal_(module.weight, std=position_std)
+    return model
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    """Let what is never read not learn: distributed training would wait for its gradients."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(_UNREAD):
+            parameter.requires_grad_(False)
     return model
 
 
@@ -117,12 +128,15 @@ def fingerprint(model: nn.Module) -> str:
     """Return a hash of all weights: names, shapes, types and bytes. Equal weights give equal fingerprints.
 
     Tied weights make different functions where exits take image and text apart, so how they meet is hashed then too.
+    Weights that are never read are left out.
     """
     digest = hashlib.sha256()
     exits: Any = getattr(model, EXITS, None)
     if exits is not None and exits.encoder != "joint":
         digest.update(exits.encoder.encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(_UNREAD):
+            continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

@@ -38,18 +38,29 @@ class LayerPieces:
 
 
 def bart_pieces(layer: Any, heads: int, prenorm: bool) -> LayerPieces:
-    """Return the pieces of a ``BartDecoderLayer`` (post-norm) or ``MBartDecoderLayer`` (pre-norm)."""
+    """Return the pieces of a ``BartDecoderLayer`` or ``TrOCRDecoderLayer`` (post-norm), or ``MBartDecoderLayer``."""
     before, inside = (nn.Identity(), layer.self_attn_layer_norm)
     between, outside = (nn.Identity(), layer.encoder_attn_layer_norm)
     after, last = (nn.Identity(), layer.final_layer_norm)
     if prenorm:
         before, inside, between, outside, after, last = inside, before, outside, between, last, after
-    cross = layer.encoder_attn
+    cross, mlp = layer.encoder_attn, nn.Sequential(layer.fc1, layer.activation_fn, layer.fc2)
     return LayerPieces(
         _Before(before, layer.self_attn),
-        _Between(layer.self_attn.out_proj, inside, between, cross),
-        _After(cross.out_proj, outside, after, layer, last),
+        _Between(layer.self_attn.out_proj, inside, between, cross.q_proj, cross.scaling),
+        _After(cross.out_proj, outside, after, mlp, last),
         _Memory(cross, heads),
+    )
+
+
+def gpt2_pieces(block: Any, heads: int) -> LayerPieces:
+    """Return the pieces of a ``GPT2Block`` with cross-attention."""
+    own, cross, nothing = block.attn, block.crossattention, nn.Identity()
+    return LayerPieces(
+        _BeforeOfGPT2(block.ln_1, own),
+        _Between(own.c_proj, nothing, block.ln_cross_attn, cross.q_attn, cross.scaling),
+        _After(cross.c_proj, nothing, block.ln_2, block.mlp, nothing),
+        _MemoryOfGPT2(cross, heads),
     )
 
 
@@ -74,10 +85,9 @@ class _Before(nn.Module):
 
 
 class _Between(nn.Module):
-    def __init__(self, out: nn.Module, norm: nn.Module, next_norm: nn.Module, attention: Any) -> None:
+    def __init__(self, out: nn.Module, norm: nn.Module, next_norm: nn.Module, query: nn.Module, scale: float) -> None:
         super().__init__()
-        self.out, self.norm, self.next_norm = out, norm, next_norm
-        self.query, self.scale = attention.q_proj, attention.scaling
+        self.out, self.norm, self.next_norm, self.query, self.scale = out, norm, next_norm, query, scale
 
     def forward(self, h_ND: Tensor, read_ND: Tensor) -> tuple[Tensor, Tensor]:
         h_ND = self.norm(h_ND + self.out(read_ND))
@@ -85,14 +95,13 @@ class _Between(nn.Module):
 
 
 class _After(nn.Module):
-    def __init__(self, out: nn.Module, norm: nn.Module, next_norm: nn.Module, layer: Any, last: nn.Module) -> None:
+    def __init__(self, out: nn.Module, norm: nn.Module, next_norm: nn.Module, mlp: nn.Module, last: nn.Module) -> None:
         super().__init__()
-        self.out, self.norm, self.next_norm, self.last = out, norm, next_norm, last
-        self.up, self.activation, self.down = layer.fc1, layer.activation_fn, layer.fc2
+        self.out, self.norm, self.next_norm, self.mlp, self.last = out, norm, next_norm, mlp, last
 
     def forward(self, h_ND: Tensor, read_ND: Tensor) -> Tensor:
         h_ND = self.norm(h_ND + self.out(read_ND))
-        result_ND: Tensor = self.last(h_ND + self.down(self.activation(self.up(self.next_norm(h_ND)))))
+        result_ND: Tensor = self.last(h_ND + self.mlp(self.next_norm(h_ND)))
         return result_ND
 
 
@@ -104,6 +113,29 @@ class _Memory(nn.Module):
     def forward(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         shape, flat_ND = (*memory_BSD.shape[:2], self.heads, -1), memory_BSD.flatten(0, 1)
         return self.key(flat_ND).view(shape).transpose(1, 2), self.value(flat_ND).view(shape).transpose(1, 2)
+
+
+class _BeforeOfGPT2(nn.Module):
+    """GPT-2 keeps the three projections as one matrix."""
+
+    def __init__(self, norm: nn.Module, attention: Any) -> None:
+        super().__init__()
+        self.norm, self.projections, self.scale = norm, attention.c_attn, attention.scaling
+
+    def forward(self, h_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.projections(self.norm(h_ND)).chunk(3, -1)
+        return query * self.scale, key, value
+
+
+class _MemoryOfGPT2(nn.Module):
+    def __init__(self, cross: Any, heads: int) -> None:
+        super().__init__()
+        self.projections, self.heads = cross.c_attn, heads
+
+    def forward(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        shape, both = (*memory_BSD.shape[:2], self.heads, -1), self.projections(memory_BSD.flatten(0, 1)).chunk(2, -1)
+        key, value = (x_ND.reshape(shape).transpose(1, 2) for x_ND in both)
+        return key, value
 
 
 class _QKV(nn.Module):

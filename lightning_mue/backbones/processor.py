@@ -23,7 +23,7 @@ from lightning_mue.prompt import IGNORE
 
 
 class Processor:
-    """A ``Florence2Processor``, ``CLIPProcessor`` or any of that form, for pictures, prompts, labels and answers.
+    """A ``Florence2Processor``, ``CLIPProcessor``, ``TrOCRProcessor`` or any of that form: pictures, prompts, answers.
 
     Args:
         processor: transformers' processor.
@@ -34,9 +34,14 @@ class Processor:
         self.tokenizer = processor.tokenizer
 
     def __call__(self, images: Sequence[Image.Image], text: Sequence[str]) -> dict[str, Tensor]:
-        """Return ``pixel_values [B, 3, H, W]``, ``input_ids [B, S]`` and ``attention_mask [B, S]``."""
+        """Return ``pixel_values [B, 3, H, W]``, ``input_ids [B, S]`` and ``attention_mask [B, S]``.
+
+        A ``TrOCRProcessor`` gives the first alone: its model reads no prompt.
+        """
         pictures = [image.convert("RGB") for image in images]
-        return dict(self.processor(images=pictures, text=list(text), return_tensors="pt", padding=True))
+        found = dict(self.processor(images=pictures, text=list(text), return_tensors="pt", padding=True))
+        found.pop("labels", None)  # the prompts, as TrOCR's and Donut's processors give them back
+        return found
 
     def labels(self, text: Sequence[str]) -> Tensor:
         """Return the token ids of answers, each ended by the end token and padded with -100: ``[B, T]``.

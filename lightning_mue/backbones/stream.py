@@ -115,6 +115,8 @@ class DecoderStream(Protocol):
     width: int
     num_heads: int
     head_dim: int
+    memory_width: int
+    """Of what cross-attention reads."""
     max_positions: int
     vocab_size: int
     first_exit: int

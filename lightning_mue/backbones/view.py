@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import Florence2ForConditionalGeneration
+from transformers import Florence2ForConditionalGeneration, VisionEncoderDecoderModel
 
 from lightning_mue.backbones.florence2 import Florence2View
 from lightning_mue.backbones.stream import Backbone, EncoderKind
+from lightning_mue.backbones.vision_encoder_decoder import VisionEncoderDecoderView
 
 EXITS = "mue_exits"
 """Name of the submodule that holds a model's exits, and so the prefix of every new ``state_dict`` key."""
@@ -22,15 +23,18 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
         encoder: how image and text meet; if not given, as the attached exits say, else jointly.
 
     Raises:
-        TypeError: the model's class has no view.
+        TypeError: the model's class, or that of one of its parts, has no view.
     """
     if isinstance(model, Florence2ForConditionalGeneration):
         exits: Any = getattr(model, EXITS, None)
         return Florence2View(model, encoder or (exits.encoder if exits is not None else "joint"))
+    if isinstance(model, VisionEncoderDecoderModel):
+        return VisionEncoderDecoderView(model)
     if type(model).__name__ in ("CoCa", "CoCaForConditionalGeneration"):
         from lightning_mue.backbones.coca import CoCaView  # open_clip takes seconds to import
 
         return CoCaView(model)
     raise TypeError(
-        f"{type(model).__name__} has no view; supported: Florence2ForConditionalGeneration, open_clip's CoCa."
+        f"{type(model).__name__} has no view; supported: Florence2ForConditionalGeneration, VisionEncoderDecoderModel, "
+        "open_clip's CoCa."
     )

@@ -97,7 +97,8 @@ def with_weights(template: bytes, module: nn.Module) -> bytes:
     model, weights = onnx.ModelProto.FromString(template), dict(module.state_dict())
     for initializer in model.graph.initializer:
         if (tensor := weights.pop(initializer.name, None)) is not None:
-            array = tensor.detach().float().cpu().contiguous().numpy()
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            array = tensor.detach().cpu().contiguous().numpy()
             initializer.CopyFrom(onnx.numpy_helper.from_array(array, initializer.name))
     if weights:
         raise ValueError(f"The graph of {type(module).__name__} has no place for its weights {sorted(weights)}")
@@ -107,9 +108,11 @@ def with_weights(template: bytes, module: nn.Module) -> bytes:
 
 def _exported(module: nn.Module, examples: Sequence[Tensor], free: Sequence[Sequence[int]]) -> bytes:
     """Return the graph of a module without its weights."""
-    module, chance = copy.deepcopy(module).float().eval(), torch.Generator().manual_seed(0)
+    # Without gradients: attention whose mask is made of weights, such as Swin's, would else be traced as two kernels.
+    module, chance = copy.deepcopy(module).float().eval().requires_grad_(False), torch.Generator().manual_seed(0)
     for tensor in module.state_dict().values():  # equal weights, such as biases of 0, would be merged into one
-        tensor.copy_(torch.randn(tensor.shape, generator=chance))
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=chance))
     examples = [example.clone() for example in examples]  # one tensor given twice would become one input
     shapes = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in free)
     how: dict[str, Any] = {"dynamo": True, "opset_version": OPSET, "verbose": False}

@@ -69,7 +69,7 @@ class OrtExecutor:
         self._sessions, self._outside, self._processors, self._watch = sessions, outside, processors, stopwatch
         self._memory, self._bias_BS = memory_BSD, bias_BS
         self._closed_head = None if closed is None else sessions.closed_head(closed)
-        self.num_layers, width = len(sessions.layers), memory_BSD.shape[2]
+        self.num_layers, width = len(sessions.layers), sessions.weight_VD.shape[1]
         self.base_layers = sum(of_layer.memory is None for of_layer in sessions.layers)
         self.batch, self._beams = len(memory_BSD) * beams, beams
         self._owner_RT: Array | None = None

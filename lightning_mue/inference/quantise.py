@@ -64,10 +64,10 @@ def by_row(graph: bytes, levels: int) -> bytes:
         if weight is None or len(weight.dims) != 2:
             nodes.append(node)
             continue
-        matrix_DV = onnx.numpy_helper.to_array(weight)
-        if node.op_type == "Gemm" and _attributes(node) != {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}:
-            raise ValueError(f"A product of this kind is not known: {node.name} {_attributes(node)}")
-        matrix_DV = matrix_DV.T if node.op_type == "Gemm" else matrix_DV
+        matrix_DV, how = onnx.numpy_helper.to_array(weight), _attributes(node)
+        if (how["alpha"], how["beta"], how["transA"]) != (1.0, 1.0, 0):
+            raise ValueError(f"A product of this kind is not known: {node.name} {how}")
+        matrix_DV = matrix_DV.T if how["transB"] else matrix_DV
         nodes += _product(model.graph, node, matrix_DV, levels)
         model.graph.initializer.remove(weight)
     del model.graph.node[:]

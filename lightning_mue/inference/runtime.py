@@ -118,7 +118,7 @@ def _fastest(backbone: Backbone, precision: str | None) -> Runtime:
 def _step(runtime: Runtime, backbone: Backbone) -> Callable[[], None]:
     """Return what takes one position of one row through all layers."""
     decoder = backbone.decoder
-    memory_BSD = torch.zeros(1, 64, decoder.width)
+    memory_BSD = torch.zeros(1, 64, decoder.memory_width)
     executor = runtime.executor(backbone, None, memory_BSD, None, 1, (), Stopwatch(memory_BSD.device, False))
     executor.embed([0], 0, [[0]])
 

@@ -55,7 +55,7 @@ def decoder_sessions(decoder: DecoderStream, precision: str = "float32") -> Deco
 
 def decoder_pieces(decoder: DecoderStream) -> dict[str, tuple[nn.Module, *tuple[torch.Tensor, ...]]]:
     """Return name -> module and examples of what it is given, of the head and of all layers' pieces."""
-    h_ND, memory_BSD = torch.zeros(2, decoder.width), torch.zeros(2, 3, decoder.width)
+    h_ND, memory_BSD = torch.zeros(2, decoder.width), torch.zeros(2, 3, decoder.memory_width)
     examples = {"before": (h_ND,), "between": (h_ND, h_ND), "after": (h_ND, h_ND), "memory": (memory_BSD,)}
     layers = {k: decoder.pieces(k).named() for k in range(1, decoder.num_layers + 1)}
     found: dict[str, Any] = {"head": (decoder.head_piece, h_ND)}

@@ -1,4 +1,4 @@
-"""Pictures and prompts in, arrays out, and back to text: a saved Florence-2 or CLIP processor without transformers."""
+"""Pictures and prompts in, arrays out, and back to text: a saved processor without transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_mue.portable.pictures import Pictures
 from lightning_mue.prompt import IGNORE
 
 Array = np.ndarray
-_KNOWN = ("Florence2Processor", "CLIPProcessor")
+_KNOWN = ("Florence2Processor", "CLIPProcessor", "TrOCRProcessor")
 
 
 class PortableProcessor:
@@ -33,6 +33,7 @@ class PortableProcessor:
         settings, words = (_read(folder / name) for name in ("processor_config.json", "tokenizer_config.json"))
         if (found := settings.get("processor_class")) not in _KNOWN:
             raise ValueError(f"Prompts without transformers are laid out as by one of {list(_KNOWN)}, got {found!r}")
+        self._reads_text, self._drops_start = found != "TrOCRProcessor", found == "CLIPProcessor"
         self.pictures, self._tasks = Pictures(settings["image_processor"]), tasks
         self.image_tokens: int = settings["image_processor"].get("image_seq_length", 0)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -47,7 +48,9 @@ class PortableProcessor:
             self.image_token_id = ids[words["image_token"]]
 
     def __call__(self, images: Sequence[Image.Image], text: Sequence[str]) -> dict[str, Array]:
-        """Return ``pixel_values [B, 3, H, W]``, ``input_ids [B, S]`` and ``attention_mask [B, S]``."""
+        """Return ``pixel_values [B, 3, H, W]`` and, not of TrOCR, ``input_ids`` and ``attention_mask [B, S]``."""
+        if not self._reads_text:
+            return {"pixel_values": self.pictures(images)}
         if self._frame is None:
             rows = self._ids([self._asked(prompt) for prompt in text], special=True)
         else:
@@ -59,7 +62,7 @@ class PortableProcessor:
     def labels(self, text: Sequence[str]) -> Array:
         """Return the token ids of answers, each ended by the end token and padded with -100: ``[B, T]``."""
         rows = self._ids(text, special=True)
-        if self._frame is None:
+        if self._drops_start:
             rows = [row[1:] if row[:1] == [self._start] else row for row in rows]
         return _padded([row if row[-1:] == [self._end] else [*row, self._end] for row in rows], IGNORE)
 

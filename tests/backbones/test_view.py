@@ -38,5 +38,5 @@ def test_the_streams_are_those_that_the_exits_name(name):
     assert set(zoo.exit_layers(name)) <= set(layers)
     assert all(exits[-1] < layers[stream] for stream, exits in zoo.exit_layers(name).items())
     plain = view(zoo.make(name, exits=False))
-    encoder = [] if name == "coca" else ["encoder"]
+    encoder = ["encoder"] if zoo.reads_prompts(name) else []
     assert list(num_layers(plain)) == ["vision", *encoder, "decoder"]  # without exits as pretrained

@@ -28,6 +28,9 @@ SIGNALS = {
     "florence2_decomposed": "flat_similarity",
     "florence2_one_way": "static",
     "coca": "gate",
+    "trocr": "similarity",
+    "vit_gpt2": "gate",
+    "donut": "gate",
 }
 ALWAYS = {"similarity": -1.0, "gate": 0.0, "flat_similarity": -1.0, "static": 0.0}
 """Thresholds that every score reaches."""
@@ -35,7 +38,7 @@ ALWAYS = {"similarity": -1.0, "gate": 0.0, "flat_similarity": -1.0, "static": 0.
 
 def attentions(name, stream):
     """Return how many a layer has."""
-    return 2 if stream == "vision" and name != "coca" else 1
+    return 2 if stream == "vision" and name.startswith("florence2") else 1
 
 
 def streams(name):

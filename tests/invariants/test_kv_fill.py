@@ -21,12 +21,10 @@ class OneRow:
 
     def __init__(self, model, tensors, fill, backlog):
         self.model, self.fill, self.backlog = model, fill, backlog
-        self.decoder = model.model.language_model.decoder
-        given = reference.inputs(model, tensors)
-        start = torch.tensor([[zoo.START]])
-        self.memory = model.model(**given, decoder_input_ids=start).encoder_last_hidden_state
+        self.decoder, self.memory = reference.decoder(model), reference.memory(model, tensors)
+        self.layers = self.decoder.h if hasattr(self.decoder, "h") else self.decoder.layers
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        self.states = [[] for _ in range(len(self.decoder.layers) + 1)]
+        self.states = [[] for _ in range(len(self.layers) + 1)]
         self.pairs = self.filled = 0
 
     def keys_and_values(self, layer):
@@ -34,12 +32,16 @@ class OneRow:
         return cached.keys, cached.values
 
     def run(self, layer, h, cache):
-        return self.decoder.layers[layer - 1](h, None, encoder_hidden_states=self.memory, past_key_values=cache)
+        found = self.layers[layer - 1](h, encoder_hidden_states=self.memory, past_key_values=cache)
+        return found[0] if isinstance(found, tuple) else found
 
     def embed(self, token):
-        position = len(self.states[0])
-        h = self.decoder.embed_tokens(torch.tensor([[token]])) + self.decoder.embed_positions.weight[position + 2]
-        self.states[0].append(self.decoder.layernorm_embedding(h))
+        decoder, token, position = self.decoder, torch.tensor([[token]]), len(self.states[0])
+        if hasattr(decoder, "wte"):
+            self.states[0].append(decoder.wte(token) + decoder.wpe.weight[position])
+            return
+        h = decoder.embed_tokens(token) + decoder.embed_positions.weight[position + 2]
+        self.states[0].append(decoder.layernorm_embedding(h))
 
     def catch_up(self, layer):
         """Give ``layer`` every position that it misses, the newest last."""
@@ -59,8 +61,8 @@ class OneRow:
                 self.cache.self_attention_cache.update(key, value, layer - 1)
 
     def logits(self, depth, h):
-        if depth == len(self.decoder.layers):
-            return self.model.lm_head(reference.final_norm(self.model)(h))
+        if depth == len(self.layers):
+            return self.model.get_output_embeddings()(reference.final_norm(self.model)(h))
         return reference.exit_logits(self.model, depth, h)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import InterpolationMode
 from torchvision.transforms.v2.functional import resize as resize_tensor
+from transformers import DeiTImageProcessor, TrOCRProcessor, ViTImageProcessor
 
 from lightning_mue.backbones.processor import Processor, build_processor
 from lightning_mue.data.tokenizer import train_tokenizer
@@ -93,10 +94,26 @@ def test_a_tokenizer_that_frames_labels(frame, tokenizer, tmp_path):
     assert ours(images, TEXTS)["input_ids"].tolist() == theirs(images, TEXTS)["input_ids"].tolist()
 
 
+@pytest.mark.parametrize("pictures", [ViTImageProcessor, DeiTImageProcessor])
+def test_trocrs_processor(pictures, tokenizer, tmp_path):
+    """Its model reads no prompt; its tokenizer frames answers, and labels keep the frame."""
+    words = build_processor(tokenizer, 64, 0).tokenizer
+    size = {"height": 48, "width": 80}
+    theirs = Processor(TrOCRProcessor(pictures(size=size, do_center_crop=False), words))
+    theirs.save(tmp_path)
+    ours, images = PortableProcessor(tmp_path, theirs.tasks), [picture(*size) for size in SIZES[:5]]
+    expected, found = theirs(images, [""] * 5), ours(images, [""] * 5)
+    assert list(expected) == list(found) == ["pixel_values"]
+    assert np.array_equal(found["pixel_values"], expected["pixel_values"].numpy())
+    assert ours.labels(TEXTS).tolist() == theirs.labels(TEXTS).tolist()
+    assert ours.decoder_prompts(TEXTS).tolist() == theirs.decoder_prompts(TEXTS).tolist()
+    assert ours.decode(ours.labels(TEXTS)) == theirs.decode(theirs.labels(TEXTS))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"image_processor_type": "ViTImageProcessor"}, r"read as \['CLIP.*'ViTImageProcessor'"),
+        ({"image_processor_type": "BlipImageProcessor"}, r"read as \['CLIP.*'BlipImageProcessor'"),
         ({"size": {"shortest_edge": 224}}, r"resized to a height and a width .*\{'shortest_edge': 224\}"),
         ({"do_resize": False}, "must be resized"),
         ({"size": {"max_height": 8, "max_width": 8}}, "must be padded to one `pad_size`"),

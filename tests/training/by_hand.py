@@ -3,13 +3,15 @@
 import torch
 from torch.nn.functional import gelu
 
+from tests import reference
+
 
 def token_by_token(model, memory_SD, ids, depths):
     """Return the state with which each position leaves after ``depths[t]`` layers.
 
     Layers above get the keys and values that they project from that state (CALM, section 3.1).
     """
-    decoder = model.model.language_model.decoder
+    decoder = reference.decoder(model)
     prenorm = hasattr(decoder, "layer_norm")
     seen = [([], []) for _ in decoder.layers]
     left = []

@@ -23,7 +23,10 @@ def upper_outputs(model):
     if (coca := getattr(model, "coca", None)) is not None:
         blocks = [*coca.text_decoder.resblocks[1:], *coca.text_decoder.cross_attn[1:]]
         return [part for block in blocks for part in (block.attn.out_proj, block.mlp.c_proj)]
-    layers = model.model.language_model.decoder.layers[1:]
+    decoder = reference.decoder(model)
+    if hasattr(decoder, "h"):
+        return [part.c_proj for block in decoder.h[1:] for part in (block.mlp, block.attn, block.crossattention)]
+    layers = decoder.layers[1:]
     return [part for layer in layers for part in (layer.fc2, layer.self_attn.out_proj, layer.encoder_attn.out_proj)]
 
 

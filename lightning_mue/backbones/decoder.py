@@ -1,0 +1,90 @@
+"""What decoders of transformers have in common: layers that ask a cache for their K/V, a final norm, a linear head."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EncoderDecoderCache
+
+from lightning_mue.backbones.stream import LayerKV
+
+
+class LayerCache(EncoderDecoderCache):
+    """Hands one layer's K/V to the layer's attentions, which ask an encoder-decoder cache for them.
+
+    ``is_updated`` says that the memory is already projected, so that the layer reads ``memory_kv``'s result.
+
+    Args:
+        k: the layer, counted from 1.
+        kv: its K/V.
+    """
+
+    def __init__(self, k: int, kv: LayerKV) -> None:
+        key, value = kv.memory()
+        index = k - 1
+        self.is_updated = {index: True}
+        self.self_attention_cache: Any = SimpleNamespace(update=lambda key, value, _layer: kv.update(key, value))
+        self.cross_attention_cache: Any = SimpleNamespace(layers={index: SimpleNamespace(keys=key, values=value)})
+
+
+class NormAndHead(ABC):
+    """The ends of a decoder stream: all of its layers read the memory, a norm and a linear head follow the last one.
+
+    Args:
+        norm: the final norm; an identity where there is none.
+        head: the vocabulary head.
+    """
+
+    first_exit = 1
+
+    def __init__(self, norm: nn.Module, head: nn.Linear) -> None:
+        self._norm, self._head = norm, head
+        self.vocab_size = head.out_features
+
+    @abstractmethod
+    def embed_at(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:
+        """Return the states that enter layer 1, of positions that are named."""
+
+    def embed(self, ids_BT: Tensor, first: int) -> Tensor:
+        """Return the same for positions ``first, first + 1, ...``."""
+        return self.embed_at(ids_BT, torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device))
+
+    def reads_memory(self, k: int) -> bool:
+        """All layers do."""
+        return True
+
+    @property
+    def norm_piece(self) -> nn.Module:
+        """The final norm as a module."""
+        return self._norm
+
+    @property
+    def head_piece(self) -> nn.Module:
+        """The head as a module."""
+        return self._head
+
+    def head_weights(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Matrix and bias of the head, as float32 arrays that share the parameters' memory where they can."""
+        weight, bias = (None if p is None else p.detach().float() for p in (self._head.weight, self._head.bias))
+        assert weight is not None
+        return weight.numpy(), None if bias is None else bias.numpy()
+
+    def norm(self, h_BTD: Tensor) -> Tensor:
+        """The final norm; nothing is left to apply where layers are post-norm."""
+        return self._norm(h_BTD)
+
+    def head(self, h_BTD: Tensor) -> Tensor:
+        """Vocabulary logits."""
+        return self._head(h_BTD)
+
+    def head_rows(self, ids_S: Tensor) -> Callable[[Tensor], Tensor]:
+        """Rows of the head's matrix."""
+        bias = None if self._head.bias is None else self._head.bias[ids_S]
+        return partial(nn.functional.linear, weight=self._head.weight[ids_S], bias=bias)
