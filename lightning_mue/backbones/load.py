@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from lightning_mue.backbones.view import EXITS
+from lightning_mue.backbones.view import EXITS, unwrapped
 
 _COCA = "open_clip_coca"
 OPEN_CLIP = "open_clip:"
@@ -130,7 +130,7 @@ def fingerprint(model: nn.Module) -> str:
     Tied weights make different functions where exits take image and text apart, so how they meet is hashed then too.
     Weights that are never read are left out.
     """
-    digest = hashlib.sha256()
+    model, digest = unwrapped(model), hashlib.sha256()
     exits: Any = getattr(model, EXITS, None)
     if exits is not None and exits.encoder != "joint":
         digest.update(exits.encoder.encode())
@@ -138,6 +138,14 @@ def fingerprint(model: nn.Module) -> str:
         if name.startswith(_UNREAD):
             continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        for part in _parts(tensor):
+            flat = part.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()[:16]
+
+
+def _parts(tensor: Any) -> list[torch.Tensor]:
+    """Return the plain tensors of which one consists: a quantised one of several."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]

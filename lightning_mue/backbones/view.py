@@ -15,16 +15,23 @@ EXITS = "mue_exits"
 """Name of the submodule that holds a model's exits, and so the prefix of every new ``state_dict`` key."""
 
 
+def unwrapped(model: Any) -> Any:
+    """Return the model inside PEFT's wrapper, whose layers hold the adapters; or the model itself."""
+    is_wrapper = any(kind.__name__ == "PeftModel" for kind in type(model).__mro__)
+    return model.get_base_model() if is_wrapper else model
+
+
 def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
     """Return the streams of a supported model; its weights and modules stay untouched.
 
     Args:
-        model: a supported model.
+        model: a supported model, or PEFT's wrapper around one.
         encoder: how image and text meet; if not given, as the attached exits say, else jointly.
 
     Raises:
         TypeError: the model's class, or that of one of its parts, has no view.
     """
+    model = unwrapped(model)
     if isinstance(model, Florence2ForConditionalGeneration):
         exits: Any = getattr(model, EXITS, None)
         return Florence2View(model, encoder or (exits.encoder if exits is not None else "joint"))

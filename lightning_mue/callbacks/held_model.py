@@ -8,6 +8,8 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_mue.backbones import unwrapped
+
 
 def held_model(pl_module: L.LightningModule, path: str) -> Any:
     """Return the module at an attribute path, made by ``configure_model`` if it is not there yet.
@@ -24,7 +26,7 @@ def held_model(pl_module: L.LightningModule, path: str) -> Any:
             f"`model` must name a module that {type(pl_module).__name__} makes in `__init__` or `configure_model`; it "
             f"has {[name for name, _ in pl_module.named_children()]}, got {path!r}."
         )
-    return found
+    return unwrapped(found)
 
 
 def _submodule(pl_module: L.LightningModule, path: str) -> nn.Module | None:

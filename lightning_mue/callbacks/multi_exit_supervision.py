@@ -125,10 +125,11 @@ class MultiExitSupervision(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look whether the exits will learn."""
         trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
-        if any(id(p) not in trained for p in self._exits(pl_module).parameters()):
+        if any(id(p) not in trained or not p.requires_grad for p in self._exits(pl_module).parameters()):
             raise ValueError(
-                f"`configure_optimizers` leaves out parameters of `{self.model}.{EXITS}`, so the exits would not "
-                f"learn; give the optimizer `self.parameters()`, or `self.{self.model}.{EXITS}.parameters()` too."
+                f"`configure_optimizers` leaves out parameters of `{self.model}.{EXITS}`, or they are frozen, so the "
+                "exits would not learn; give the optimizer `self.parameters()`, or "
+                f"`self.{self.model}.{EXITS}.parameters()` too."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

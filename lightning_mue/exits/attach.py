@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones import EXITS, Backbone, DecoderStream, exit_streams, num_layers, view
+from lightning_mue.backbones import EXITS, Backbone, DecoderStream, exit_streams, num_layers, unwrapped, view
 from lightning_mue.exits.adapter import Adapter
 from lightning_mue.exits.config import ExitConfig
 from lightning_mue.exits.gate import ExitGate, pool, top_two
@@ -112,14 +112,14 @@ def attach_exits(model: nn.Module, config: ExitConfig | Mapping[str, Any]) -> Ex
     """Register exits as the submodule ``mue_exits`` of ``model``; full-depth outputs stay bit-identical.
 
     Args:
-        model: a supported backbone.
+        model: a supported backbone; exits of one that PEFT wraps are inside, beside its layers.
         config: an ExitConfig, or its fields as a mapping.
 
     Raises:
         TypeError: the model has no view.
         ValueError: unknown streams or layers, or exits are attached already.
     """
-    config = ExitConfig.of(config)
+    config, model = ExitConfig.of(config), unwrapped(model)
     if hasattr(model, EXITS):
         raise ValueError("Exits are attached already; call `detach_exits(model)` first.")
     backbone = view(model, config.encoder_kind)
@@ -148,7 +148,7 @@ def detach_exits(model: nn.Module) -> Exits:
     Raises:
         ValueError: there are none.
     """
-    exits = attached(model)
+    exits, model = attached(model), unwrapped(model)
     if exits is None:
         raise ValueError("No exits are attached.")
     delattr(model, EXITS)
@@ -159,4 +159,4 @@ def detach_exits(model: nn.Module) -> Exits:
 
 def attached(model: nn.Module) -> Exits | None:
     """Return the exits of ``model``, or None."""
-    return getattr(model, EXITS, None)
+    return getattr(unwrapped(model), EXITS, None)

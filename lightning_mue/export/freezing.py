@@ -19,7 +19,7 @@ from lightning_mue.exits import attached
 from lightning_mue.export.card import model_card
 from lightning_mue.export.graph_bundle import save_graphs
 from lightning_mue.export.manifest import foreign_files, is_bundle, write_manifest
-from lightning_mue.export.model_file import load_files, read_config, save_files
+from lightning_mue.export.model_file import check_own_weights, load_files, read_config, save_files
 from lightning_mue.export.single_file import check_plain, export_graphs
 from lightning_mue.inference.check import check_policy
 from lightning_mue.inference.sessions import check_installed
@@ -80,6 +80,7 @@ def freeze(
     target = Path(folder).resolve()  # a link keeps pointing to what is replaced
     _check_target(target)
     backbone = view(model)
+    check_own_weights(model)
     found = fingerprint(model)
     policy = _of_model(policy, model, found)
     with _written_aside(target) as aside:

@@ -19,6 +19,24 @@ WEIGHTS = "model.safetensors"
 SCHEMA = 2
 
 
+def check_own_weights(model: nn.Module) -> None:
+    """Refuse a model that its config would not build again.
+
+    Raises:
+        ValueError: PEFT's adapters are in its layers, or its weights are tensors of another library.
+    """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError(
+            "PEFT's adapters are in the model's layers, and a bundle has none: `model.merge_and_unload()` gives a "
+            "plain model; calibrate and freeze that."
+        )
+    if foreign := sorted({type(t).__name__ for t in model.state_dict().values() if hasattr(t, "__tensor_flatten__")}):
+        raise ValueError(
+            f"Some weights are of type {foreign}; a bundle holds plain ones. Freeze the model as it was before, and "
+            "let the policy have a lower precision (`lower_precision` of CalibrateExits)."
+        )
+
+
 def save_files(model: nn.Module, folder: Path, found: str) -> None:
     """Write ``model`` into ``folder``; tied weights are stored once.
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones import Backbone, DecodeSettings, fingerprint, view
+from lightning_mue.backbones import Backbone, DecodeSettings, fingerprint, unwrapped, view
 from lightning_mue.exits import Exits, attached
 from lightning_mue.inference.answering import Answering
 from lightning_mue.inference.answers import ClosedAnswers
@@ -56,6 +56,7 @@ class ExitEngine(Answering):
         processor: Any = None,
         runtime: str | None = None,
     ) -> None:
+        model = unwrapped(model)
         self.original = model.eval()
         self.model = in_precision(model, policy.precision)
         self.processor = processor

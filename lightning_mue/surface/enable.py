@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 
+from lightning_mue.backbones import unwrapped
 from lightning_mue.inference.encode import encode
 from lightning_mue.inference.request import longest_answer
 from lightning_mue.inference.stopwatch import Stopwatch
@@ -43,6 +44,7 @@ def enable(model: Any, policy: ExitPolicy, check_fingerprint: bool = True) -> En
         TypeError: the model has no ``generate``.
         ValueError: the policy does not fit, or asks for what only an ExitEngine does.
     """
+    model = unwrapped(model)
     if not callable(getattr(type(model), "generate", None)):
         raise TypeError(f"{type(model).__name__} has no `generate`; give the model of transformers itself.")
     found, leaves = Enabled(), EarlyExit(policy, check_fingerprint=check_fingerprint)
@@ -61,7 +63,7 @@ def enable(model: Any, policy: ExitPolicy, check_fingerprint: bool = True) -> En
 
 def disable(model: nn.Module) -> None:
     """Give the model its own ``generate`` back; nothing happens where `enable` was not called."""
-    model.__dict__.pop("generate", None)
+    unwrapped(model).__dict__.pop("generate", None)
 
 
 def _generate(asked: dict[str, Any], leaves: EarlyExit, found: Enabled) -> Any:
