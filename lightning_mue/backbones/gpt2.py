@@ -27,7 +27,7 @@ class GPT2DecoderStream(NormAndHead):
         super().__init__(self._decoder.ln_f, decoder.lm_head)
         if not hasattr(self._decoder.h[0], "crossattention"):
             raise TypeError("A GPT-2 without cross-attention reads no picture; its config needs `add_cross_attention`.")
-        attention = self._decoder.h[0].attn
+        attention: Any = self._decoder.h[0].attn
         self.num_layers = len(self._decoder.h)
         self.width = self.memory_width = self._decoder.embed_dim
         self.num_heads, self.head_dim = attention.num_heads, attention.head_dim

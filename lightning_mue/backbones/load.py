@@ -54,7 +54,7 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
     if settings["model_type"] == _COCA:
         _shell()
     generation, position_std = settings.pop("generation_config", None), settings.pop("position_std", None)
-    model = _ready(AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings)))
+    model: Any = _ready(AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings)))
     if generation:
         model.generation_config = GenerationConfig(**generation)
     if position_std is not None:

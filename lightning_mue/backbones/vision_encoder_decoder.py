@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from lightning_mue.backbones.bart import BartDecoderStream
-from lightning_mue.backbones.decoder import NormAndHead
 from lightning_mue.backbones.generation import build_processors, generate_as_asked, read_settings
 from lightning_mue.backbones.gpt2 import GPT2DecoderStream
 from lightning_mue.backbones.stream import (
@@ -76,10 +75,9 @@ class VisionEncoderDecoderView:
     contrastive = None
 
     def __init__(self, model: VisionEncoderDecoderModel) -> None:
-        self.model = model
-        parts: Any = model
-        self.encoders: tuple[EncoderStream, ...] = (_encoder_stream(parts.encoder),)
-        self.decoder: DecoderStream = _decoder_stream(parts.decoder)
+        self.model: Any = model
+        self.encoders: tuple[EncoderStream, ...] = (_encoder_stream(self.model.encoder),)
+        self.decoder: DecoderStream = _decoder_stream(self.model.decoder)
 
     def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
         """Transformers' own ``generate``."""
@@ -120,7 +118,7 @@ def _encoder_stream(encoder: nn.Module) -> EncoderStream:
     )
 
 
-def _decoder_stream(decoder: Any) -> NormAndHead:
+def _decoder_stream(decoder: Any) -> BartDecoderStream | GPT2DecoderStream:
     if isinstance(decoder, GPT2LMHeadModel):
         return GPT2DecoderStream(decoder)
     if isinstance(decoder, (BartForCausalLM, MBartForCausalLM, TrOCRForCausalLM)):
