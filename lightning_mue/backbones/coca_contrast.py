@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from open_clip.coca_model import CoCa
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from lightning_mue.backbones.stream import EncoderStream, Inputs, LayerCall, Outputs, StreamState
 
@@ -27,11 +27,13 @@ class CoCaTextStream:
 
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
         """Embeddings, and open_clip's mask of padding and of what comes later, ``[B, T, T]``."""
-        h_BTD, mask = self._text._embeds(inputs["text_ids"])
+        ids_BT = inputs["text_ids"]
+        h_BTD, mask = self._text._embeds(ids_BT)
         heads = self._text.heads
         if mask is not None:  # open_clip has it once for every head
             mask = mask[::heads] if mask.ndim == 3 else mask.expand(len(h_BTD), -1, -1)
-        return StreamState(h_BTD, mask=mask)
+        valid_BT = pad(ids_BT != self._text.pad_id, (0, h_BTD.shape[1] - ids_BT.shape[1]), value=True)  # and [CLS]
+        return StreamState(h_BTD, valid_BT, mask)
 
     def call(self, k: int, state: StreamState) -> LayerCall:
         """One block."""

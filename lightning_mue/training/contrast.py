@@ -5,7 +5,8 @@ Shapes: ``B`` pairs of a batch, of all processes together; ``E`` width of embedd
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,10 +18,25 @@ from lightning_mue.backbones.contrastive import Contrastive, text_ids
 from lightning_mue.exits import Exits
 
 
-def contrast(
-    contrastive: Contrastive, exits: Exits, left: StreamState, labels_BT: Tensor, start_id: int
-) -> dict[int, Tensor]:
-    """Return layer of the text stream (its exits and the last) -> contrastive loss.
+@dataclass(frozen=True)
+class Paired:
+    """The pictures and texts of a batch, in one space.
+
+    Args:
+        image_BE: unit vectors of pictures.
+        text_BT: the texts, as the model reads them.
+        states: layer of the text stream (its exits and the last) -> states after it.
+        text_BE: layer -> unit vectors of texts that leave there.
+    """
+
+    image_BE: Tensor
+    text_BT: Tensor
+    states: Mapping[int, StreamState]
+    text_BE: Mapping[int, Tensor]
+
+
+def pair(contrastive: Contrastive, exits: Exits, left: StreamState, labels_BT: Tensor, start_id: int) -> Paired:
+    """Embed a batch.
 
     Args:
         contrastive: the backbone's.
@@ -30,24 +46,34 @@ def contrast(
         start_id: the token before them.
     """
     text_BT = text_ids(labels_BT, start_id, contrastive)
-    same_BB = equal_rows(gathered_texts(text_BT))
-    image_BE = gathered(contrastive.image_embedding(left))
+    states = text_states(contrastive, exits, text_BT)
+    return Paired(contrastive.image_embedding(left), text_BT, states, text_embeddings(contrastive, exits, states))
+
+
+def contrast(contrastive: Contrastive, paired: Paired) -> dict[int, Tensor]:
+    """Return layer of the text stream (its exits and the last) -> contrastive loss."""
+    same_BB, image_BE = equal_rows(gathered_texts(paired.text_BT)), gathered(paired.image_BE)
     return {
-        k: info_nce(contrastive.logits(image_BE, gathered(text_BE)), same_BB)
-        for k, text_BE in text_embeddings(contrastive, exits, text_BT).items()
+        k: info_nce(contrastive.logits(image_BE, gathered(text_BE)), same_BB) for k, text_BE in paired.text_BE.items()
     }
 
 
-def text_embeddings(contrastive: Contrastive, exits: Exits, text_BT: Tensor) -> dict[int, Tensor]:
-    """Return layer (the exits of the text stream and its last) -> embeddings ``[B, E]``."""
+def text_states(contrastive: Contrastive, exits: Exits, text_BT: Tensor) -> dict[int, StreamState]:
+    """Return layer (the exits of the text stream and its last) -> the states after it."""
     stream = contrastive.text
     state = stream.prologue({"text_ids": text_BT}, {})
     found = {}
     for k in range(1, stream.num_layers + 1):
-        state.h_BTD = stream.layer(k, state)
+        state = state.at(stream.layer(k, state))
         if k in exits.layers.get(stream.name, ()) or k == stream.num_layers:
-            found[k] = contrastive.text_embedding(state.at(exits.adapt(stream.name, k, state.h_BTD)))
+            found[k] = state
     return found
+
+
+def text_embeddings(contrastive: Contrastive, exits: Exits, states: Mapping[int, StreamState]) -> dict[int, Tensor]:
+    """Return layer -> embeddings ``[B, E]`` of the texts that leave there with these states."""
+    name = contrastive.text.name
+    return {k: contrastive.text_embedding(state.at(exits.adapt(name, k, state.h_BTD))) for k, state in states.items()}
 
 
 def info_nce(logits_BB: Tensor, same_BB: Tensor) -> Tensor:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import Backbone
+from lightning_mue.backbones.contrastive import Contrastive
 from lightning_mue.backbones.stream import Inputs
 from lightning_mue.exits import Exits
 from lightning_mue.inference import ExitEngine
+from lightning_mue.inference.gallery import places
 from lightning_mue.policy import ExitPolicy
+from lightning_mue.training.contrast import Paired, equal_rows
 from lightning_mue.training.losses import gate_loss
 from lightning_mue.training.supervised import IGNORE, Supervised, supervise
 
@@ -72,6 +75,25 @@ def stream_gates(
     states = early.streams[stream]
     logits_B = exits.gate_logit(stream, depth, states.at_exit[depth], states.valid_BT)
     return gate_loss(logits_B, ~differs_BT.any(1), balance)
+
+
+def text_gates(contrastive: Contrastive, exits: Exits, paired: Paired, balance: bool) -> Tensor:
+    """Mean gate loss over the exits of the texts that only compare.
+
+    The target is "leaving here, a text finds its picture no later than at full depth", among those of this process's
+    batch. The pictures must have gone full depth, as a gallery's do.
+    """
+    name, last = contrastive.text.name, contrastive.text.num_layers
+    with torch.no_grad(), torch.autocast(paired.image_BE.device.type, enabled=False):
+        image_BE, same_BB = paired.image_BE, equal_rows(paired.text_BT)
+        row_B = torch.arange(len(image_BE), device=image_BE.device)
+        place_B = {k: places(text_BE, image_BE, row_B, image_BE, same_BB) for k, text_BE in paired.text_BE.items()}
+    losses = [
+        gate_loss(exits.gate_logit(name, k, state.h_BTD.detach(), state.valid_BT), place_B[k] <= place_B[last], balance)
+        for k, state in paired.states.items()
+        if k != last
+    ]
+    return torch.stack(losses).mean() if losses else torch.zeros((), device=paired.image_BE.device)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from torch import Tensor
 from lightning_mue.backbones import Backbone
 from lightning_mue.backbones.stream import Inputs
 from lightning_mue.exits import Exits
-from lightning_mue.training.contrast import contrast
+from lightning_mue.training.contrast import contrast, pair
 from lightning_mue.training.depths import Step, sample_token_depths
-from lightning_mue.training.gates import decoder_gates, own_path, stream_gates
+from lightning_mue.training.gates import decoder_gates, own_path, stream_gates, text_gates
 from lightning_mue.training.losses import exit_weights
 from lightning_mue.training.supervised import (
     IGNORE,
@@ -86,9 +86,12 @@ def objective(
         apart = [result.divergence for result in found.results.values() if result.divergence is not None]
         distill = torch.stack(apart).mean() if apart else distill
         if how.contrast and backbone.contrastive is not None:
-            left = found.left[backbone.contrastive.image.name]
-            compared = contrast(backbone.contrastive, exits, left, labels_BT, backbone.decode_settings(None).start_id)
+            left, start_id = found.left[backbone.contrastive.image.name], backbone.decode_settings(None).start_id
+            paired = pair(backbone.contrastive, exits, left, labels_BT, start_id)
+            compared = contrast(backbone.contrastive, paired)
             deep = deep + how.contrast * weighted(compared, how, beside, left_out)
+            if exits.config.gate and how.gate_weight and not step.depths:
+                gates = text_gates(backbone.contrastive, exits, paired, how.gate_balance)
     if exits.config.gate and how.gate_weight:
         gates = gates + _decoder_gates(backbone, exits, inputs, found, step, how)
         gates = gates + stream_gates(backbone, exits, inputs, labels_BT, step.depths, how.gate_balance)

@@ -12,7 +12,7 @@ from lightning_mue.backbones import Backbone
 from lightning_mue.backbones.contrastive import text_ids
 from lightning_mue.exits import Exits
 from lightning_mue.metrics.retrieval import Retrieval
-from lightning_mue.training.contrast import text_embeddings
+from lightning_mue.training.contrast import text_embeddings, text_states
 from lightning_mue.training.supervised import Supervised
 from lightning_mue.training.supervision import Supervision
 
@@ -62,7 +62,8 @@ class Pairs(nn.ModuleDict):
         assert contrastive is not None
         text_BT = text_ids(labels_BT, start_id, contrastive)
         number_B = torch.tensor([hash(tuple(row)) for row in text_BT.tolist()], device=labels_BT.device)
-        *early, (_, last_BE) = text_embeddings(contrastive, exits, text_BT).items()
+        states = text_states(contrastive, exits, text_BT)
+        *early, (_, last_BE) = text_embeddings(contrastive, exits, states).items()
         for name, passed in found.items():
             if (at := name.rstrip("/") or FULL_DEPTH) in self:
                 image_BE = contrastive.image_embedding(passed.left[contrastive.image.name])

@@ -14,7 +14,16 @@ from torch.nn.functional import normalize
 from lightning_mue.backbones import view
 from lightning_mue.backbones.contrastive import text_ids
 from lightning_mue.exits import attached
-from lightning_mue.training.contrast import contrast, equal_rows, gathered, gathered_texts, info_nce, text_embeddings
+from lightning_mue.training.contrast import (
+    contrast,
+    equal_rows,
+    gathered,
+    gathered_texts,
+    info_nce,
+    pair,
+    text_embeddings,
+    text_states,
+)
 from lightning_mue.training.depths import Step
 from lightning_mue.training.losses import exit_weights
 from lightning_mue.training.objective import objective
@@ -23,6 +32,7 @@ from lightning_mue.training.supervised import encode, supervise
 from lightning_mue.training.supervision import Supervision
 from tests import ranks, zoo
 from tests.runs import ROOT
+from tests.training.test_objective import watch_gate_loss
 from tests.training.test_supervised import batch_of
 
 
@@ -62,7 +72,7 @@ def test_at_full_depth_it_is_open_clips_coca_loss():
     expected = open_clip.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=zoo.PAD)(**out)
     backbone, exits = view(model), attached(model)
     found = supervise(backbone, exits, tensors, labels, {})
-    losses = contrast(backbone.contrastive, exits, found.left["vision"], labels, zoo.START)
+    losses = contrast(backbone.contrastive, pair(backbone.contrastive, exits, found.left["vision"], labels, zoo.START))
     torch.testing.assert_close(losses[2], expected[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(2 * found.last.loss, expected[1], rtol=1e-4, atol=1e-5)
 
@@ -78,7 +88,8 @@ def test_texts_are_compared_at_every_exit():
     _, _, left = encode(backbone, exits, tensors, {"vision": 2})
     contrastive, expected = backbone.contrastive, {}
     image = contrastive.image_embedding(left["vision"])
-    for k, text in text_embeddings(backbone.contrastive, exits, text_ids(labels, zoo.START, contrastive)).items():
+    states = text_states(contrastive, exits, text_ids(labels, zoo.START, contrastive))
+    for k, text in text_embeddings(contrastive, exits, states).items():
         expected[k] = open_clip.ClipLoss()(image, text, model.coca.logit_scale.exp())
     assert list(with_contrast.contrast) == [1, 2]
     for k, loss in expected.items():
@@ -103,6 +114,58 @@ def test_both_towers_and_the_temperature_learn_of_it():
         *exits.adapters["vision_1"].parameters(),
     ):
         assert parameter.grad.abs().sum() > 0
+
+
+def test_the_gates_of_texts_are_told_whether_the_picture_comes_later(monkeypatch):
+    """By hand, of open_clip's embeddings: among the batch's pictures, twins of the same text left out."""
+    model, size = zoo.make("coca"), 24
+    tensors, labels = batch_of("coca", size)
+    labels[7] = labels[9]
+    seen = watch_gate_loss(monkeypatch)
+    objective(view(model), attached(model), tensors, labels, Step(), Supervision(contrast=0.5, gate_balance=False))
+    logits, safe, balance = seen[0]
+    ids, tower = text_ids(labels, zoo.START, view(model).contrastive), model.coca.text
+    with torch.no_grad():
+        pictures, full = model.coca.encode_image(tensors["pixel_values"]), model.coca.encode_text(ids)
+        early, hidden = _after_one(model, tower, ids)
+    places = []
+    for texts in (early, full):
+        cosines = texts @ pictures.T
+        cosines[7, 9] = cosines[9, 7] = -2.0
+        places.append([int((row > row[i]).sum()) for i, row in enumerate(cosines)])
+    expected = [at_exit <= whole for at_exit, whole in zip(*places, strict=True)]
+    assert safe.tolist() == expected
+    assert 0 < sum(expected) < size
+    assert not balance
+    gate = attached(model).gates["text_1"]
+    for row, own in enumerate(ids != zoo.PAD):
+        mean = hidden[row, [*own.nonzero()[:, 0].tolist(), 64]].mean(0)
+        torch.testing.assert_close(logits[row], gate(mean), rtol=1e-4, atol=1e-5)
+
+
+def _after_one(model, tower, ids):
+    """Embeddings of texts, and the states they are made of, if the tower had one layer and the exit's adapter."""
+    whole, states = tower.transformer.resblocks, []
+    adapt = attached(model).adapt
+    hook = whole[0].register_forward_hook(lambda _l, _a, h_BTD: states.append(h_BTD) or adapt("text", 1, h_BTD))
+    tower.transformer.resblocks = whole[:1]
+    try:
+        return normalize(tower(ids)[0], dim=-1), states[0]
+    finally:
+        hook.remove()
+        tower.transformer.resblocks = whole
+
+
+def test_the_gates_of_texts_learn_from_pictures_at_full_depth_alone():
+    model = zoo.make("coca")
+    tensors, labels = batch_of("coca")
+    how, learned = Supervision(contrast=0.5), {}
+    for depths in ({}, {"vision": 1}):
+        model.zero_grad()
+        objective(view(model), attached(model), tensors, labels, Step(depths), how).total.backward()
+        grads = [p.grad.abs().sum() for p in attached(model).gates["text_1"].parameters()]
+        learned[bool(depths)] = bool(sum(grads) > 0)
+    assert learned == {False: True, True: False}
 
 
 def _parts():
