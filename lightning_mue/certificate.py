@@ -20,6 +20,12 @@ VERIFIED = (
 )
 
 
+ONE_SIDE = (
+    "Pictures and texts may both leave early here. A certificate is of one side that leaves early and looks among the "
+    "other, embedded at full depth; of two that both left early nothing is promised."
+)
+
+
 @dataclass(frozen=True)
 class Evidence:
     """One promise, and what speaks for it.

@@ -80,6 +80,7 @@ def _freeze_arguments(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of `mue fit`")
     parser.add_argument("--policy", help="policy.json; the one beside the checkpoint if not given, else full depth")
     parser.add_argument("--embed-policy", help="embed_policy.json, likewise; without one, embeddings obey the other")
+    parser.add_argument("--embed-text-policy", help="embed_text_policy.json, likewise; what embedded texts obey")
     parser.add_argument("--out", required=True, help="folder of the bundle")
     parser.add_argument(
         "--runtime",
@@ -109,18 +110,22 @@ def _freeze(args: Sequence[str]) -> None:
     module, processor = load_checkpoint(found.ckpt_path)
     policy = find_policy(found.policy, found.ckpt_path)
     policy = policy.as_drafts() if found.verified else policy
-    # Graphs do not embed: a policy that only lies there is then left out.
-    embeds = found.embed_policy is not None or found.runtime is None
-    embed_policy = find_embed_policy(found.embed_policy, found.ckpt_path) if embeds else None
-    how = {"runtime": found.runtime, "graphs": found.graphs, "embed_policy": embed_policy}
+    # Graphs do not embed: policies that only lie there are then left out.
+    asked = {"embed_policy": ("picture", found.embed_policy), "embed_text_policy": ("text", found.embed_text_policy)}
+    embeds = {
+        name: find_embed_policy(path, found.ckpt_path if found.runtime is None else None, query)
+        for name, (query, path) in asked.items()
+    }
+    how = {"runtime": found.runtime, "graphs": found.graphs, **embeds}
     bundle = freeze(module.model, policy, found.out, processor, **how)
     weights, rest = bundle_size(bundle)
     print(f"{bundle}: {policy.depths_in_words()}")
     print(f"{weights / 1e6:.1f} MB of weights{' and graphs' if found.runtime else ''}, {rest / 1e6:.1f} MB of all else")
     _print_promise(policy)
-    if embed_policy is not None:
-        print(f"Embeddings: {embed_policy.depths_in_words()}")
-        _print_promise(embed_policy)
+    for one in embeds.values():
+        if one is not None:
+            print(f"Embeddings: {one.depths_in_words()}")
+            _print_promise(one)
 
 
 def _print_promise(policy: ExitPolicy) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_mue.certificate import ONE_SIDE
 from lightning_mue.export import load_embedder
 from lightning_mue.files import write_bytes
 from lightning_mue.inference.embedding import Embedded, EmbedEngine
@@ -23,16 +24,19 @@ def main(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     if found.classes is not None:
         _classify(engine, found.image, found.classes)
         return
+    of_side = {side: engine.full_depth if found.full_depth == side else engine for side in ("image", "text")}
     parts: dict[str, Embedded] = {}
     if found.image:
-        parts["image"] = engine.embed_images(read_pictures(found.image))
+        parts["image"] = of_side["image"].embed_images(read_pictures(found.image))
     if found.text:
-        parts["text"] = engine.embed_texts(found.text)
+        parts["text"] = of_side["text"].embed_texts(found.text)
     for name, part in parts.items():
         print(f"{name}: {part.vectors.shape[1]} numbers each; layers run {part.depths.tolist()}")
     if len(parts) == 2:
         cosines_BC = parts["image"].vectors @ parts["text"].vectors.T
         _print_best(found.image, found.text, cosines_BC.tolist(), "+.3f", len(found.text))
+        if engine.leaves_both_early and found.full_depth is None:
+            print(f"{ONE_SIDE} `--full-depth image` or `text` embeds that side so.")
     if found.out:
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {name: part.vectors.cpu().numpy() for name, part in parts.items()}
@@ -52,10 +56,17 @@ def _arguments(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse
         help="file of classes, one a line, of which the likeliest are told for each picture; without a name, those "
         "that the policy was calibrated for",
     )
+    parser.add_argument(
+        "--full-depth",
+        choices=["image", "text"],
+        help="embed this side at full depth, as a gallery in which the other looks: what certificates are about",
+    )
     parser.add_argument("--out", help=".npz file for the embeddings: `image` [B, E], `text` [C, E]")
     found = parser.parse_args(args)
-    if found.classes is not None and (found.text or found.out):
-        parser.error("--classes tells what pictures are of; --text and --out are of embeddings, ask for them apart")
+    if found.classes is not None and (found.text or found.out or found.full_depth):
+        parser.error(
+            "--classes tells what pictures are of; --text, --out and --full-depth are of embeddings, ask apart"
+        )
     if not found.image and (not found.text or found.classes is not None):
         parser.error("give an --image" + ("" if found.classes is not None else " or a --text"))
     return found

@@ -9,8 +9,9 @@ import numpy as np
 from lightning_mue.corpus import CORPUS
 
 OF_EMBEDDINGS: dict[str, int] = {"recall_at_1": 1, "recall_at_5": 5, "recall_at_10": 10, "top_1": 1}
-"""The metrics of embeddings: a picture scores 1 if one of its own texts is among so many best of fixed candidates, and
-0 if not. ``recall_at_k``: among texts drawn from data that certifies nothing; ``top_1``: among those of all classes."""
+"""The metrics of embeddings: a query scores 1 if one of its own is among so many best of fixed candidates, else 0.
+``recall_at_k``: a picture among texts, or a text among pictures, drawn from data that certifies nothing; ``top_1``: a
+picture among the texts of all classes."""
 
 RANGES: dict[str, float] = {
     "accuracy": 1.0,

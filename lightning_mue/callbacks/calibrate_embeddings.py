@@ -1,4 +1,4 @@
-"""CalibrateEmbeddings: exits of the picture tower that keep retrieval or zero-shot quality, with a certificate."""
+"""CalibrateEmbeddings: exits of either tower that keep retrieval or zero-shot quality, with a certificate."""
 
 from __future__ import annotations
 
@@ -32,39 +32,43 @@ from lightning_mue.callbacks.outcome import (
 )
 from lightning_mue.callbacks.ranks import check_visible, gather, lead, refuse_sharded
 from lightning_mue.callbacks.scoring import processor_of
-from lightning_mue.callbacks.text_search import TextSearch
+from lightning_mue.callbacks.search import Search
 from lightning_mue.exits import attached
-from lightning_mue.inference.gallery import Gallery
+from lightning_mue.inference.embedding import Query
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
-from lightning_mue.policy_file import EMBED_POLICY
+from lightning_mue.policy_file import EMBED_POLICIES
 from lightning_mue.promise import Promise
 from lightning_mue.trace import Trace
 
 
 class CalibrateEmbeddings(Calibrates):
-    """Chooses when pictures may leave their tower early, so that they still find their texts, and proves it.
+    """Chooses when pictures, or texts, may leave their tower early, so that they still find each other, and proves it.
 
     In ``validate`` and ``mue calibrate``, as CalibrateExits does for answers: the *propose* part of the validation
     data is recorded at full depth, policies are simulated against measured times, a chain of them is fixed, and tested
     in order by embedding the *certify* part. Inside ``fit`` it does nothing. Recall over a gallery made of the tested
-    samples would be no mean of independent ones. So the candidates are fixed in advance: texts of the *propose* part,
-    or those of the classes. Candidates and own texts are embedded at full depth, as a gallery is in advance.
+    samples would be no mean of independent ones. So the candidates are fixed in advance: texts or pictures of the
+    *propose* part, or the texts of the classes. Candidates, and what a query should find, are embedded at full depth,
+    as a gallery is in advance: nothing is promised of two sides that both left early.
 
     Args:
         keep: fraction of the full-depth metric to keep.
-        metric: ``recall_at_1``, ``recall_at_5`` or ``recall_at_10`` (a picture finds one of its references among the
-            candidates), or ``top_1`` (zero-shot classification).
-        candidates: texts that are drawn at most.
+        metric: ``recall_at_1``, ``recall_at_5`` or ``recall_at_10`` (a query finds its own among the candidates), or
+            ``top_1`` (zero-shot classification of pictures).
+        query: what leaves early and looks for the other. A ``picture`` finds one of its references; a ``text``, the
+            first reference of each sample, finds its picture. For both take two callbacks.
+        candidates: texts, or pictures, that are drawn at most.
         classes: names of the classes, as references name them; pictures of none are not counted by ``top_1``. With
-            classes, ``class_margin`` is a signal too.
+            classes, ``class_margin`` is a signal too. Of pictures alone.
         template: makes a text of a class's name.
         confidence_level: of the promise.
         estimate: as in CalibrateExits, like the four that follow.
         reuse: whether samples that certified another chain are refused, or spend confidence.
         seed: of the candidates' draw and of the certificate's one permutation.
         model: attribute that holds the backbone.
-        out: where the policy goes; ``embed_policy.json`` beside the checkpoint if not given.
+        out: where the policy goes; ``embed_policy.json``, of texts ``embed_text_policy.json``, beside the checkpoint if
+            not given.
         folder: of the journal.
         latency_repeats: of each measurement of the latency table.
         inputs: where batches hold the backbone's inputs.
@@ -80,6 +84,7 @@ class CalibrateEmbeddings(Calibrates):
         self,
         keep: float = 0.99,
         metric: str = "recall_at_5",
+        query: Query = "picture",
         candidates: int = 500,
         classes: list[str] | None = None,
         template: str = "{}",
@@ -96,7 +101,8 @@ class CalibrateEmbeddings(Calibrates):
         sample_id: Key | None = None,
         cluster: Key | None = None,
     ) -> None:
-        self.search = TextSearch(metric, candidates, seed, tuple(classes or ()), template)
+        self.search = Search(metric, query, candidates, seed, tuple(classes or ()), template)
+        self.file = EMBED_POLICIES[query]
         self.keep, self.confidence_level, self.seed = keep, confidence_level, seed
         self.estimate, self.reuse, self.model, self.out, self.folder = estimate, reuse, model, out, folder
         self.latency_repeats = latency_repeats
@@ -106,7 +112,7 @@ class CalibrateEmbeddings(Calibrates):
         self.tests: list[Tested] = []
         self.trace: Trace | None = None
         self.latency: LatencyTable | None = None
-        self._texts: set[str] = set()
+        self._proposes: dict[str, tuple[str, list[str]]] = {}
         self._certifies: dict[str, tuple[str, str]] = {}
         self._one: Batch | None = None
         self.check()
@@ -144,7 +150,7 @@ class CalibrateEmbeddings(Calibrates):
             "fingerprint": fingerprint(model),
             "exits": exits.config.to_dict() if exits is not None else None,
             "device": next(model.parameters()).device.type,
-            "search": [self.search.metric, list(self.search.classes), list(self.search.class_texts)],
+            "search": [self.search.metric, self.search.query, list(self.search.classes), list(self.search.class_texts)],
             "data": getattr(data, "calibration_fingerprint", ""),
         }
         journal = Journal(self.folder or Path(trainer.default_root_dir) / "calibration", key)
@@ -154,9 +160,9 @@ class CalibrateEmbeddings(Calibrates):
                 "CalibrateEmbeddings embeds texts: it needs a data module, or a LightningModule, with a `processor`."
             )
         self._subject = Embedding(trainer, model, self.search, journal, self.keys)
-        _ = self._subject.full_depth  # a model that does not compare is refused before anything is read
+        _ = self._subject.whole  # a model that does not compare is refused before anything is read
         self.calibration = Calibration(model, asked, self._subject, journal, self.keys)
-        self._texts, self._certifies, self._one = set(), {}, None
+        self._proposes, self._certifies, self._one = {}, {}, None
 
     def on_validation_batch_end(
         self,
@@ -179,10 +185,11 @@ class CalibrateEmbeddings(Calibrates):
             )
         batch = self._subject.counted(batch)
         for row, certifies in enumerate(in_split(trainer, batch, "certify")):
+            name, cluster = batch["sample_id"][row], batch["cluster"][row]
             if certifies:
-                self._certifies[batch["sample_id"][row]] = (batch["cluster"][row], batch["group"][row])
+                self._certifies[name] = (cluster, batch["group"][row])
             else:
-                self._texts.update(batch["references"][row])
+                self._proposes[name] = (cluster, batch["references"][row])
         if self._one is None and batch["sample_id"]:
             self._one = single(batch, 0)
 
@@ -190,25 +197,27 @@ class CalibrateEmbeddings(Calibrates):
         """Propose and certify."""
         if (run := self.calibration) is None:
             return
-        texts, certifies = sorted(set(gather(sorted(self._texts)))), dict(sorted(gather([*self._certifies.items()])))
-        if self.search.metric == "top_1" and not texts and not certifies:
+        proposes, certifies = (dict(sorted(gather([*seen.items()]))) for seen in (self._proposes, self._certifies))
+        if self.search.metric == "top_1" and not proposes and not certifies:
             raise ValueError(
                 f"No picture has one of the classes {list(self.search.classes)[:5]} among its references; `classes` "
                 "are names as references write them."
             )
-        refuse_one_part(len(texts), "texts", len(certifies))
+        refuse_one_part(len(proposes), "samples", len(certifies))
         one = next(batch for batch in gather([self._one]) if batch is not None)  # rank 0 may have seen none
         run.note = max(gather([run.note]))
         run.beside = intents_beside(trainer, self)
-        self._subject.gallery = gallery = Gallery(self._subject.full_depth, self.search.among(texts))
-        run.note = f"{run.note} Pictures look among {len(gallery.texts)} fixed texts and their own.".strip()
+        count, search = len(self._subject.look_among(proposes).texts), self.search
+        queries = f"{search.query.capitalize()}s look among {count} fixed {search.others}"
+        run.note = f"{run.note} {queries} and their own, embedded at full depth.".strip()
         choose = partial(self._choose, run, certifies, one)
         self.latency, self.proposal, policy, self.tests = lead(choose, run.decode)
         self.policy = replace(policy, classes=self.search.class_texts)  # full depth tells them apart too
         assert self.proposal is not None
-        name = "embeddings" if self.out is None else f"embeddings/{Path(self.out).stem}"
+        name = "embeddings" if search.query == "picture" else "text_embeddings"
+        name = name if self.out is None else f"{name}/{Path(self.out).stem}"
         log_result(pl_module, name, self.policy, self.proposal, self.tests)
-        write_policy(trainer, self.policy, self.out, EMBED_POLICY)
+        write_policy(trainer, self.policy, self)
 
     def _choose(
         self, run: Calibration, certifies: Certifies, one: Batch, ask: Ask

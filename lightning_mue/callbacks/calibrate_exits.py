@@ -36,7 +36,6 @@ from lightning_mue.exits import attached
 from lightning_mue.inference.runtime import RuntimeName
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
-from lightning_mue.policy_file import POLICY
 from lightning_mue.promise import OF_EMBEDDINGS, Promise
 from lightning_mue.trace import Trace
 
@@ -240,7 +239,7 @@ class CalibrateExits(Calibrates):
         assert self.proposal is not None
         name = "exits" if self.out is None else f"exits/{Path(self.out).stem}"
         log_result(pl_module, name, self.policy, self.proposal, self.tests)
-        write_policy(trainer, self.policy, self.out, POLICY)
+        write_policy(trainer, self.policy, self)
 
     def _choose(
         self, run: Calibration, paths: Sequence[Path], certifies: Certifies, one: Batch, fitting: bool, ask: Ask

@@ -27,6 +27,10 @@ FULL = ExitPolicy.full_depth()
 Row = dict[str, Any]
 """What one sample came to, in plain values."""
 
+SAME_SAMPLES = (
+    "every pass must give the same samples: no random augmentation, and no shuffling with `limit_val_batches`."
+)
+
 _DOING = {"propose": "rehearsing", "certify": "decoding"}
 
 
@@ -129,10 +133,7 @@ def joined(rows: Sequence[Row], full: Mapping[str, Row]) -> Decoded:
         ValueError: a sample that full depth has not seen.
     """
     if unknown := [row["id"] for row in rows if row["id"] not in full]:
-        raise ValueError(
-            f"The validation data gave sample {unknown[0]!r} now and not before; every pass must give the same "
-            "samples: no random augmentation, and no shuffling with `limit_val_batches`."
-        )
+        raise ValueError(f"The validation data gave sample {unknown[0]!r} now and not before; {SAME_SAMPLES}")
     return Decoded(
         [row["id"] for row in rows],
         [row["cluster"] for row in rows],

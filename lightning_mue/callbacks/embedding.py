@@ -1,4 +1,4 @@
-"""Embedding: a model that embeds a trainer's pictures, as what a calibration runs."""
+"""Embedding: a model that embeds a trainer's pictures or texts, as what a calibration runs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones import view
 from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.callbacks.batch_keys import BatchKeys
-from lightning_mue.callbacks.batches import Batch, content, on_device, rows_of
-from lightning_mue.callbacks.decoding import Row, doing, joined, rows_of_samples
+from lightning_mue.callbacks.batches import Batch, content, rows_of
+from lightning_mue.callbacks.decoding import SAME_SAMPLES, Row, doing, joined, rows_of_samples
 from lightning_mue.callbacks.journal import Journal
+from lightning_mue.callbacks.lookup import Lookup, picture_vectors, queries
 from lightning_mue.callbacks.ranks import gather
 from lightning_mue.callbacks.scoring import processor_of
+from lightning_mue.callbacks.search import Proposes, Search
 from lightning_mue.callbacks.split_reader import SplitReader
-from lightning_mue.callbacks.text_search import TextSearch
 from lightning_mue.inference.embed_profile import measure_embedding
 from lightning_mue.inference.embed_record import record_embeddings
 from lightning_mue.inference.embedding import EmbedEngine
@@ -38,51 +40,78 @@ class Embedding:
     Args:
         trainer: whose data, and whose data module or module has the ``processor`` of texts.
         model: the backbone.
-        search: what pictures look for.
+        search: what queries look for.
         journal: of finished pieces.
         keys: of the batches.
-        gallery: what they look among; known once the data to propose on has been seen.
+        lookup: the queries and what they look among; known once the data to propose on has been seen.
     """
 
     trainer: L.Trainer
     model: nn.Module
-    search: TextSearch
+    search: Search
     journal: Journal
     keys: BatchKeys
-    gallery: Gallery | None = None
+    lookup: Lookup | None = None
     runtime: str = field(default="torch", init=False)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What pictures look for and among, and what the model computes in."""
-        precision = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        texts: dict[str, Any] = {"classes": list(self.search.classes), "template": self.search.template}
-        if self.search.metric != "top_1":
-            texts |= {"candidates": self.search.candidates, "candidates_seed": self.search.seed}
-        return {**texts, "precision": precision, "batching": "per row", "runtime": self.runtime}
+        """What queries look for and among, and what the model computes in."""
+        search, precision = self.search, str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        looked: dict[str, Any] = {"query": search.query}
+        if search.query == "picture":
+            looked |= {"classes": list(search.classes), "template": search.template}
+        if search.metric != "top_1":
+            looked |= {"candidates": search.candidates, "candidates_seed": search.seed}
+        return {**looked, "precision": precision, "batching": "per row", "runtime": self.runtime}
 
     def engine(self, policy: ExitPolicy) -> EmbedEngine:
         """Return the engine that ships."""
         return EmbedEngine(self.model, policy, check_fingerprint=False, processor=processor_of(self.trainer))
 
     @property
-    def full_depth(self) -> EmbedEngine:
+    def whole(self) -> EmbedEngine:
         """The engine at full depth, with the classes."""
         return self.engine(ExitPolicy(classes=self.search.class_texts))
 
+    def look_among(self, proposes: Proposes) -> Gallery:
+        """Draw the candidates and embed them, on all ranks alike; return them.
+
+        Each rank embeds the pictures that it has, so that all have the same vectors.
+
+        Raises:
+            ValueError: there are too few, or the data does not give them again.
+        """
+        whole, drawn = self.whole, self.search.among(proposes)
+        if self.search.query == "picture":
+            vectors_CE = whole.embed_texts([*drawn]).vectors
+        else:
+            mine = picture_vectors(whole, self.reader("propose", None).read("embedding the candidates"), drawn)
+            found = dict(gather([*mine.items()]))
+            if missing := sorted(drawn.keys() - found.keys()):
+                raise ValueError(f"The validation data gave sample {missing[0]!r} before and not now; {SAME_SAMPLES}")
+            device = next(self.model.parameters()).device
+            vectors_CE = torch.from_numpy(np.stack([found[name] for name in drawn])).to(device)
+        self.lookup = Lookup(self.search, whole, Gallery(vectors_CE, [*drawn.values()]))
+        return self.lookup.gallery
+
     def counted(self, batch: Batch) -> Batch:
-        """Return the samples that count; all do in retrieval, those of a class in zero-shot classification."""
+        """Return the samples that count: those with a text of their own, in zero-shot classification with a class."""
         return rows_of(batch, [bool(self.search.own(references)) for references in batch["references"]])
 
-    def score(self, batch: Batch, image_BE: Tensor) -> np.ndarray:
-        """Return 1 where a picture finds a text of its own, else 0: ``[B]``."""
-        assert self.gallery is not None
-        place_B = self.gallery.places(image_BE, [self.search.own(references) for references in batch["references"]])
-        return (place_B < self.search.within).double().cpu().numpy()
+    def score(self, batch: Batch, query_BE: Tensor) -> np.ndarray:
+        """Return 1 where a query finds its own, else 0: ``[B]``."""
+        assert self.lookup is not None
+        return (self.lookup.places(batch, query_BE) < self.search.within).double().cpu().numpy()
 
     def measure(self, one: Batch, repeats: int, precision: str | None) -> LatencyTable:
-        """Measure what each piece of embedding a picture costs."""
-        return measure_embedding(self.full_depth, on_device(one, self.model)["pixel_values"], repeats)
+        """Measure what each piece of embedding a query costs."""
+        whole = self.whole
+        return measure_embedding(whole, self.search.query, queries(self.search, whole, one), repeats)
+
+    def reader(self, split: str, groups: Sequence[str] | None) -> SplitReader:
+        """Return what reads a split."""
+        return SplitReader(self.trainer, self.keys, view(self.model).generate_inputs, split, groups)
 
     def decoder(self, split: str, groups: Sequence[str] | None) -> EmbedDecoder:
         """Return what embeds a split."""
@@ -94,18 +123,16 @@ class Embedding:
 
 
 class EmbedDecoder:
-    """Embeds this rank's pictures of one split under policies, and gathers all ranks' scores.
+    """Embeds this rank's queries of one split under policies, and gathers all ranks' scores.
 
     Args:
-        subject: whose pictures.
+        subject: whose queries.
         split: ``certify``, or ``propose``: the rest.
         groups: only samples of these; None: all.
     """
 
     def __init__(self, subject: Embedding, split: str, groups: Sequence[str] | None) -> None:
-        self._subject, self._split = subject, split
-        wanted = view(subject.model).generate_inputs
-        self._reader = SplitReader(subject.trainer, subject.keys, wanted, split, groups)
+        self._subject, self._split, self._reader = subject, split, subject.reader(split, groups)
         self._full = dict[str, Row]()
 
     def __call__(self, policy: ExitPolicy, unchanged: Collection[str] = ()) -> Decoded:
@@ -122,10 +149,10 @@ class EmbedDecoder:
 
     def signals(self) -> list[Path]:
         """Record the exits on the split; return the files of all ranks."""
-        engine, journal = self._subject.full_depth, self._subject.journal
+        engine, journal = self._subject.whole, self._subject.journal
         paths = [
             journal.trace("embeddings", self._made_of(batch), partial(self._record, engine, batch))
-            for batch in self._batches("recording the exits of pictures", ())
+            for batch in self._batches(f"recording the exits of {self._subject.search.query}s", ())
         ]
         return sorted(set(gather(paths)))
 
@@ -136,17 +163,18 @@ class EmbedDecoder:
                 yield counted
 
     def _made_of(self, batch: Batch) -> list[Any]:
-        assert self._subject.gallery is not None
-        return [content(batch), list(self._subject.gallery.texts)]
+        assert self._subject.lookup is not None
+        return [content(batch), self._subject.lookup.gallery.content]
 
     def _embed(self, engine: EmbedEngine, batch: Batch) -> dict[str, Any]:
-        vectors_BE = engine.images(on_device(batch, self._subject.model)["pixel_values"]).vectors
+        search = self._subject.search
+        vectors_BE = engine.embed(search.query, queries(search, engine, batch)).vectors
         found = self._subject.score(batch, vectors_BE).tolist()
-        return {"rows": rows_of_samples(batch, found, {self._subject.search.metric: found}, {})}
+        return {"rows": rows_of_samples(batch, found, {search.metric: found}, {})}
 
     def _record(self, engine: EmbedEngine, batch: Batch) -> Trace:
+        search = self._subject.search
         names = (batch["sample_id"], batch["cluster"], batch["group"])
-        meta = {**self._subject.journal.key, "classes": list(self._subject.search.class_texts)}
-        pixel_values = on_device(batch, self._subject.model)["pixel_values"]
-        score_of = partial(self._subject.score, batch)
-        return record_embeddings(engine, pixel_values, *names, self._subject.search.metric, score_of, meta)
+        meta = {**self._subject.journal.key, "classes": list(search.class_texts)}
+        given, score_of = queries(search, engine, batch), partial(self._subject.score, batch)
+        return record_embeddings(engine, search.query, given, *names, search.metric, score_of, meta)

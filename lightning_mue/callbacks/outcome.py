@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_mue.calibration import Proposal, Tested
 from lightning_mue.callbacks.calibration import Calibration
 from lightning_mue.policy import ExitPolicy
+from lightning_mue.policy_file import POLICY
 
 INDEPENDENT = (
     "independent: no batch names clusters, so samples are taken as independent; if some share a picture, the promise "
@@ -27,18 +28,20 @@ class Calibrates(L.Callback):
         calibration: that is under way; None if there is none.
         policy: that came of the last one.
         model: attribute that holds the backbone.
-        out: where the policy goes.
+        out: where the policy goes; beside the checkpoint if not given.
+        file: its name there.
     """
 
     calibration: Calibration | None = None
     policy: ExitPolicy | None
     model: str | None
     out: str | None
+    file: str = POLICY
 
     @property
     def state_key(self) -> str:
         """Name this instance's state by what it calibrates and where to; two in one trainer need two ``out``."""
-        return self._generate_state_key(model=self.model, out=self.out)
+        return self._generate_state_key(model=self.model, out=self.out or self.file)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the policy as JSON text (checkpoints are read with ``weights_only=True``)."""
@@ -94,10 +97,10 @@ def log_result(
         pl_module.log(f"{name}/{figure}", value, sync_dist=True)
 
 
-def write_policy(trainer: L.Trainer, policy: ExitPolicy, out: str | None, name: str) -> None:
-    """Write the policy to ``out``, or under ``name`` beside the checkpoint, and say what it promises."""
+def write_policy(trainer: L.Trainer, policy: ExitPolicy, mine: Calibrates) -> None:
+    """Write the policy to where the callback says, and say what it promises."""
     beside = Path(trainer.ckpt_path).parent if trainer.ckpt_path else Path(trainer.default_root_dir)
-    target = Path(out) if out is not None else beside / name
+    target = Path(mine.out) if mine.out is not None else beside / mine.file
     if trainer.is_global_zero:
         policy.save(target)
     assert policy.certificate is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from lightning_mue.certificate import VERIFIED
+from lightning_mue.certificate import ONE_SIDE, VERIFIED
 from lightning_mue.policy import ExitPolicy
 
 
@@ -17,6 +17,8 @@ def model_card(
     is_graphs: bool = False,
     reads_prompts: bool = True,
     embed_policy: ExitPolicy | None = None,
+    embed_text_policy: ExitPolicy | None = None,
+    both_early: bool = False,
 ) -> str:
     """Return the card as Markdown: the promise, the policy, the comparison, how to use it, what it rests on.
 
@@ -28,15 +30,16 @@ def model_card(
         is_graphs: whether it holds graphs, and needs no torch.
         reads_prompts: whether the model does, beside the picture.
         embed_policy: what embeddings obey, if not the policy.
+        embed_text_policy: what those of texts obey, if not that.
+        both_early: whether pictures and texts may both leave early.
     """
     prompt = "your prompt" if reads_prompts else ""
-    embeds = "" if embed_policy is None else f"{_promise(embed_policy)}\n\n{_rules(embed_policy)}"
     parts = [
         "---\nlibrary_name: lightning_mue\npipeline_tag: image-text-to-text\ntags:\n- early-exit\n---\n",
         f"# {name}\n",
         f"{_promise(policy)}\n",
         f"## Policy\n\n{_rules(policy)}\n",
-        f"## Embeddings\n\n{embeds}\n\n`mue.load_embedder` obeys this policy.\n" if embeds else "",
+        _embeddings(embed_policy, embed_text_policy, both_early),
         f"## Comparison\n\n{table.strip()}\n" if table else "",
         f"## Use\n\n```python\n{_usage(name, has_processor, policy.groups, prompt)}\n```\n",
         f"It loads without {'torch' if is_graphs else 'Lightning'}: "
@@ -51,6 +54,16 @@ def _promise(policy: ExitPolicy) -> str:
     if policy.certificate is not None:
         return policy.certificate.in_words()
     return VERIFIED if policy.verified else "No certificate: this policy was not calibrated."
+
+
+def _embeddings(embeds: ExitPolicy | None, of_texts: ExitPolicy | None, both_early: bool) -> str:
+    """Return what embeddings obey; nothing if that is the policy of answers."""
+    given = {"": embeds, "Of texts:": of_texts}
+    parts = [f"{words}\n\n{_promise(p)}\n\n{_rules(p)}".strip() for words, p in given.items() if p is not None]
+    if not parts:
+        return ""
+    note = [f"{ONE_SIDE} `full_depth` of the engine embeds a gallery."] if both_early else []
+    return "\n\n".join(["## Embeddings", *parts, *note, "`mue.load_embedder` obeys this.\n"])
 
 
 def _rules(policy: ExitPolicy) -> str:

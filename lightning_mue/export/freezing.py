@@ -21,10 +21,10 @@ from lightning_mue.export.graph_bundle import save_graphs
 from lightning_mue.export.manifest import foreign_files, is_bundle, write_manifest
 from lightning_mue.export.model_file import check_own_weights, load_files, read_config, save_files
 from lightning_mue.export.single_file import check_plain, export_graphs
-from lightning_mue.inference.check import check_policy
+from lightning_mue.inference.check import check_policy, check_text_policy, leave_both_early
 from lightning_mue.inference.sessions import check_installed
 from lightning_mue.policy import ExitPolicy
-from lightning_mue.policy_file import EMBED_POLICY
+from lightning_mue.policy_file import EMBED_POLICY, EMBED_TEXT_POLICY
 from lightning_mue.portable.names import POLICY, PROCESSOR
 
 SINGLE_FILE = "single_file"
@@ -40,6 +40,7 @@ def freeze(
     runtime: str | None = None,
     graphs: bool = False,
     embed_policy: ExitPolicy | None = None,
+    embed_text_policy: ExitPolicy | None = None,
 ) -> Path:
     """Write a bundle: weights, config, policy, processor and model card; the same inputs give the same bytes.
 
@@ -60,6 +61,8 @@ def freeze(
             the bundle's folder ``single_file``; needs a processor.
         embed_policy: what embeddings obey (CalibrateEmbeddings), of a model that compares pictures with texts; that of
             answers if not given. Not for graphs, which do not embed.
+        embed_text_policy: what texts obey when they are embedded (``CalibrateEmbeddings(query="text")``); that of other
+            embeddings if not given. Likewise.
 
     Returns:
         The folder.
@@ -75,8 +78,11 @@ def freeze(
     if graphs:
         check_plain(model, policy)
         check_installed()
-    if runtime is not None and embed_policy is not None:
-        raise ValueError("A bundle of graphs does not embed; leave `embed_policy` out, or `runtime`.")
+    embeds = {EMBED_POLICY: embed_policy, EMBED_TEXT_POLICY: embed_text_policy}
+    if runtime is not None and any(embeds.values()):
+        raise ValueError(
+            "A bundle of graphs does not embed; leave `embed_policy` and `embed_text_policy` out, or `runtime`."
+        )
     target = Path(folder).resolve()  # a link keeps pointing to what is replaced
     _check_target(target)
     backbone = view(model)
@@ -85,13 +91,16 @@ def freeze(
     policy = _of_model(policy, model, found)
     with _written_aside(target) as aside:
         policy.save(aside / POLICY)
-        if embed_policy is not None:
-            embed_policy = _of_model(embed_policy, model, found, embeds=True)
-            embed_policy.save(aside / EMBED_POLICY)
+        embeds = {name: one and _of_model(one, model, found, name) for name, one in embeds.items()}
+        for name, one in embeds.items():
+            if one is not None:
+                one.save(aside / name)
         if processor is not None:
             processor.save(aside / PROCESSOR)
         facts = (processor is not None, runtime is not None, "input_ids" in backbone.generate_inputs)
-        card = model_card(policy, target.name, table, *facts, embed_policy)
+        pictures, texts = embeds[EMBED_POLICY], embeds[EMBED_TEXT_POLICY]
+        both_early = leave_both_early(pictures or policy, texts or pictures or policy, backbone)
+        card = model_card(policy, target.name, table, *facts, pictures, texts, both_early)
         (aside / "README.md").write_text(card, "utf-8")
         if runtime is None:
             save_files(model, aside, found)
@@ -105,13 +114,16 @@ def freeze(
     return Path(folder)
 
 
-def _of_model(policy: ExitPolicy, model: nn.Module, found: str, embeds: bool = False) -> ExitPolicy:
+def _of_model(policy: ExitPolicy, model: nn.Module, found: str, name: str = POLICY) -> ExitPolicy:
     """Return the policy with the model's fingerprint, ``found``, after looking whether it is of this model."""
-    if embeds and view(model).contrastive is None:
+    backbone = view(model)
+    if name != POLICY and backbone.contrastive is None:
         raise ValueError(
-            f"`embed_policy` is for models that compare pictures with texts; {type(model).__name__} does not"
+            f"`{Path(name).stem}` is for models that compare pictures with texts; {type(model).__name__} does not"
         )
-    check_policy(policy, view(model), attached(model), embeds)
+    check_policy(policy, backbone, attached(model), embeds=name != POLICY)
+    if name == EMBED_TEXT_POLICY:
+        check_text_policy(policy, backbone)
     if policy.fingerprint not in (None, found):
         raise ValueError(
             f"The policy was calibrated for weights with fingerprint {policy.fingerprint}, this model has {found}; "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_mue.export.manifest import check_manifest
 from lightning_mue.policy import ExitPolicy
-from lightning_mue.policy_file import EMBED_POLICY
+from lightning_mue.policy_file import EMBED_POLICY, EMBED_TEXT_POLICY
 from lightning_mue.portable.names import GRAPH_WEIGHTS, GRAPHS, POLICY, PROCESSOR
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def load(
 def load_embedder(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> EmbedEngine:
     """Read a bundle of a model that compares pictures with texts, to embed them.
 
-    It obeys the bundle's policy of embeddings, and that of answers where there is none.
+    It obeys the bundle's policies of embeddings, and that of answers where there is none.
 
     Args:
         folder: of the bundle; one of modules, not of graphs.
@@ -58,10 +58,16 @@ def load_embedder(folder: str | os.PathLike[str], device: str | torch.device = "
     if (_checked(folder) / GRAPHS).is_file():
         raise ValueError(f"{folder} is a bundle of graphs, which do not embed; freeze the model without `runtime`.")
     model, policy, processor = _read(Path(folder), device)
-    if (file := Path(folder) / EMBED_POLICY).is_file():
-        _check_same(Path(folder), EMBED_POLICY, embeds := ExitPolicy.load(file), POLICY, policy.fingerprint)
-        policy = embeds
-    return EmbedEngine(model, policy, check_fingerprint=False, processor=processor)
+    embeds, texts = (_embed_policy(Path(folder), name, policy) for name in (EMBED_POLICY, EMBED_TEXT_POLICY))
+    return EmbedEngine(model, embeds or policy, check_fingerprint=False, processor=processor, text_policy=texts)
+
+
+def _embed_policy(folder: Path, name: str, policy: ExitPolicy) -> ExitPolicy | None:
+    """Return a policy of embeddings, of the same model as that of answers; None if there is none."""
+    if not (folder / name).is_file():
+        return None
+    _check_same(folder, name, found := ExitPolicy.load(folder / name), POLICY, policy.fingerprint)
+    return found
 
 
 def _checked(folder: str | os.PathLike[str]) -> Path:

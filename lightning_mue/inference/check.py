@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_mue.backbones import Backbone, exit_streams, num_layers
+from lightning_mue.backbones import Backbone, exit_streams
 from lightning_mue.exits import Exits
 from lightning_mue.policy import OF_EMBEDDINGS, ExitPolicy
 from lightning_mue.promise import OF_EMBEDDINGS as METRICS_OF_EMBEDDINGS
@@ -46,14 +46,33 @@ def check_policy(policy: ExitPolicy, backbone: Backbone, exits: Exits | None, em
                 f"Signal {rule.signal!r} of {stream!r} is about embeddings; only an EmbedEngine makes some, here of "
                 f"{embedded or 'nothing'}; take another signal."
             )
-        if rule.signal == "gate" and stream not in num_layers(backbone):
-            raise ValueError(f"Gates of {stream!r} are not trained; take another signal.")
         if rule.signal == "gate" and (exits is None or not exits.config.gate):
             raise ValueError(f"The policy's signal for {stream!r} is 'gate', but no gates are attached.")
         if stream != "decoder" and rule.signal in NEEDS_LOGITS:
             raise ValueError(
                 f"Signal {rule.signal!r} needs logits; stream {stream!r} has none. Use gate or similarity."
             )
+
+
+def check_text_policy(policy: ExitPolicy, backbone: Backbone) -> None:
+    """Look whether a policy that texts are to obey is about them.
+
+    Raises:
+        ValueError: it leaves other streams early, and not that of texts.
+    """
+    assert backbone.contrastive is not None
+    if policy.rules and (name := backbone.contrastive.text.name) not in policy.rules:
+        raise ValueError(
+            f"The policy of texts must have a rule for {name!r}, it has them for {[*policy.rules]}; "
+            "CalibrateEmbeddings(query='text') makes one."
+        )
+
+
+def leave_both_early(pictures: ExitPolicy, texts: ExitPolicy, backbone: Backbone) -> bool:
+    """Say whether pictures and texts that obey these policies may both leave early."""
+    if (contrastive := backbone.contrastive) is None:
+        return False
+    return contrastive.image.name in pictures.rules and contrastive.text.name in texts.rules
 
 
 def _embedded(signal: str, backbone: Backbone) -> list[str]:

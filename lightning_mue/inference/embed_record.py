@@ -1,6 +1,6 @@
-"""Recording what every exit of the picture tower would do to embeddings, in one full-depth pass.
+"""Recording what every exit of a tower would do to embeddings, in one full-depth pass.
 
-Shapes: ``B`` pictures of a batch, ``X`` exits, ``E`` width of embeddings.
+Shapes: ``B`` queries of a batch, ``X`` exits, ``E`` width of embeddings.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ import torch
 from torch import Tensor
 
 from lightning_mue.backbones import StreamState
-from lightning_mue.exits import Exits
-from lightning_mue.inference.embedding import EmbedEngine
+from lightning_mue.inference.embedding import EmbedEngine, Query
 from lightning_mue.inference.encode import climb
-from lightning_mue.inference.record import STREAM_SIGNALS
 from lightning_mue.trace import StreamTrace, Trace
 
 EmbedScoreOf = Callable[[Tensor], np.ndarray]
-"""Unit vectors of the batch's pictures ``[B, E]`` -> the metric's score of each, ``[B]``."""
+"""Unit vectors of the batch's queries ``[B, E]`` -> the metric's score of each, ``[B]``."""
 
 
 @torch.inference_mode()
 def record_embeddings(
     engine: EmbedEngine,
-    pixel_values: Tensor,
+    query: Query,
+    given: Tensor,
     sample_ids: Sequence[str],
     clusters: Sequence[str],
     groups: Sequence[str],
@@ -34,13 +33,14 @@ def record_embeddings(
     score_of: EmbedScoreOf,
     meta: dict[str, Any],
 ) -> Trace:
-    """Return the trace of one batch: leaving the stream of pictures changes nothing but the embedding.
+    """Return the trace of one batch: leaving the queries' tower changes nothing but their embeddings.
 
     So simulation is exact here. An output counts as that of full depth where its score is.
 
     Args:
         engine: of a full-depth policy, with the classes that ``class_margin`` is asked about.
-        pixel_values: pictures ``[B, 3, H, W]``.
+        query: which tower is left.
+        given: what it reads.
         sample_ids: ``B`` distinct names.
         clusters: ``B`` names of the sources.
         groups: ``B`` names of the groups that promises may be about.
@@ -49,11 +49,11 @@ def record_embeddings(
         meta: kept in the trace.
 
     Raises:
-        ValueError: the stream of pictures has no exits.
+        ValueError: the tower has no exits.
     """
-    stream = engine.contrastive.image
-    layers = image_exits(engine).layers[stream.name]
-    branch, signals = engine.image_branch(), embed_signals(engine)
+    branch = engine.branch(query)
+    stream, signals = branch.stream, branch.signals
+    layers = branch.attached().layers[stream.name]
     scores: dict[str, list[Tensor]] = {signal: [] for signal in signals}
     found: list[np.ndarray] = []
 
@@ -63,29 +63,10 @@ def record_embeddings(
                 scores[signal].append(branch.scores(signal, k, state, before_BTD).float().cpu())
             found.append(score_of(branch.left(k, state)))
 
-    vectors_BE, _, _ = climb(stream, branch, stream.prologue({"pixel_values": pixel_values}, {}), None, on_exit)
+    vectors_BE, _, _ = climb(stream, branch, branch.start(given), None, on_exit)
     full_B, at_BX = score_of(vectors_BE), np.stack(found, 1)
     table = {signal: torch.stack(columns, 1).numpy() for signal, columns in scores.items()}
     nothing_B = np.zeros(len(sample_ids), dtype=np.int64)
     seen = StreamTrace(layers, stream.num_layers, table, {metric: at_BX}, at_BX == full_B[:, None])
     names = (list(sample_ids), list(clusters), list(groups))
     return Trace(*names, {metric: full_B}, nothing_B, nothing_B, {stream.name: seen}, meta)
-
-
-def image_exits(engine: EmbedEngine) -> Exits:
-    """Return the exits, of which some are of the stream of pictures.
-
-    Raises:
-        ValueError: it has none.
-    """
-    name, exits = engine.contrastive.image.name, engine.exits
-    if exits is None or not exits.layers.get(name):
-        raise ValueError(f"There are no exits of {name!r} to calibrate; attach some, such as {name}=[1, 2], and train.")
-    return exits
-
-
-def embed_signals(engine: EmbedEngine) -> list[str]:
-    """Return the signals that can be asked of pictures: gates where they are, margins where there are classes."""
-    has_gates = image_exits(engine).config.gate
-    plain = [signal for signal in STREAM_SIGNALS if signal != "gate" or has_gates]
-    return [*plain, "pooled_similarity", *(["class_margin"] if engine.classes_CE is not None else [])]

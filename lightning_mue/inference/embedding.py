@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones import EncoderStream, fingerprint, view
+from lightning_mue.backbones import fingerprint, view
 from lightning_mue.backbones.contrastive import text_ids as text_ids_of
-from lightning_mue.backbones.stream import Inputs
 from lightning_mue.exits import attached
-from lightning_mue.inference.check import check_policy
+from lightning_mue.inference.check import check_policy, check_text_policy, leave_both_early
 from lightning_mue.inference.embed_branch import EmbedBranch
 from lightning_mue.inference.encode import climb
-from lightning_mue.policy import ExitPolicy, ExitRule
+from lightning_mue.policy import ExitPolicy
+
+Query = Literal["picture", "text"]
+"""Which side looks for the other."""
 
 CHUNK = 64
-"""Texts that are embedded at once where there are many."""
+"""Pictures or texts that are embedded at once where a list has many."""
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class EmbedEngine:
             CalibrateEmbeddings is certified for embeddings; certificates of CalibrateExits speak of answers.
         check_fingerprint: refuse a policy made for other weights.
         processor: makes tensors of pictures and texts; ``embed_images``, ``embed_texts`` and classes need it.
+        text_policy: what texts obey instead (``CalibrateEmbeddings(query="text")``); ``policy`` if not given.
 
     Attributes:
         contrastive: the backbone's streams of pictures and texts.
@@ -54,40 +59,52 @@ class EmbedEngine:
             make them with.
 
     Raises:
-        ValueError: the model compares nothing, the policy does not fit, or its classes cannot be embedded.
+        ValueError: the model compares nothing, a policy does not fit, or its classes cannot be embedded.
     """
 
     def __init__(
-        self, model: nn.Module, policy: ExitPolicy, check_fingerprint: bool = True, processor: Any = None
+        self,
+        model: nn.Module,
+        policy: ExitPolicy,
+        check_fingerprint: bool = True,
+        processor: Any = None,
+        text_policy: ExitPolicy | None = None,
     ) -> None:
         self.model, self.policy, self.processor = model.eval(), policy, processor
+        self.text_policy = policy if text_policy is None else text_policy
         self.backbone, self.exits = view(model), attached(model)
         if self.backbone.contrastive is None:
             raise ValueError(f"{type(model).__name__} compares no pictures with texts; CoCa does.")
-        if policy.groups is not None:
-            raise ValueError(
-                f"The policy leaves early for the groups {list(policy.groups)} alone; embeddings have none."
-            )
-        if policy.precision is not None:
-            raise ValueError(f"Embeddings are computed as the model is, and the policy asks for {policy.precision!r}.")
-        check_policy(policy, self.backbone, self.exits, embeds=True)
-        if check_fingerprint and policy.fingerprint is not None and policy.fingerprint != (found := fingerprint(model)):
-            raise ValueError(
-                f"The policy was calibrated for weights with fingerprint {policy.fingerprint}, this model has {found}; "
-                "calibrate again."
-            )
         self.contrastive = self.backbone.contrastive
+        for each in [policy] if text_policy is None else [policy, text_policy]:
+            self._check(each)
+        if text_policy is not None:
+            check_text_policy(text_policy, self.backbone)
+        if check_fingerprint:
+            self._check_fingerprint()
         reads_classes = policy.classes and (policy.asks_classes or processor is not None)
-        self.classes_CE = self.full_depth_texts(policy.classes) if reads_classes else None
+        self.classes_CE = self.full_depth.embed_texts(policy.classes).vectors if reads_classes else None
+
+    @property
+    def full_depth(self) -> EmbedEngine:
+        """The same model, in which nothing leaves early: a gallery is embedded with it, once and in advance."""
+        return EmbedEngine(self.model, ExitPolicy.full_depth(), False, self.processor)
+
+    @property
+    def leaves_both_early(self) -> bool:
+        """Whether pictures and texts may both leave early; certificates are of one side and a gallery of the other."""
+        return leave_both_early(self.policy, self.text_policy, self.backbone)
 
     @torch.inference_mode()
+    def embed(self, query: Query, given: Tensor) -> Embedded:
+        """Embed what a tower reads: pictures ``[B, 3, H, W]``, or whole texts ``[B, longest]`` as of ``text_ids``."""
+        branch, policy = self.branch(query), self.policy if query == "picture" else self.text_policy
+        return Embedded(*climb(branch.stream, branch, branch.start(given), policy.rules.get(branch.stream.name)))
+
     def images(self, pixel_values: Tensor) -> Embedded:
         """Embed pictures ``[B, 3, H, W]``."""
-        stream = self.contrastive.image
-        rule = self.policy.rules.get(stream.name)
-        return self._climb(stream, self.image_branch(), {"pixel_values": pixel_values}, rule)
+        return self.embed("picture", pixel_values)
 
-    @torch.inference_mode()
     def texts(self, text_ids: Tensor) -> Embedded:
         """Embed texts ``[B, T]``: start token, text, end token, padded on the right; here to the model's length.
 
@@ -96,22 +113,22 @@ class EmbedEngine:
         """
         given = text_ids_of(text_ids[:, 1:], 0, self.contrastive)
         given[:, 0] = text_ids[:, 0]
-        stream = self.contrastive.text
-        return self._climb(stream, self.text_branch(), {"text_ids": given}, self.policy.rules.get(stream.name))
+        return self.embed("text", given)
 
     def embed_images(self, images: Sequence[Any]) -> Embedded:
         """Embed PIL pictures."""
-        return self.images(self._of_processor()(images, [""] * len(images))["pixel_values"].to(self._device))
+        processor = self._of_processor()
+        parts = (processor(part, [""] * len(part))["pixel_values"] for part in _chunks(images, "images"))
+        return _joined([self.images(part.to(self._device)) for part in parts])
 
     def embed_texts(self, texts: Sequence[str]) -> Embedded:
         """Embed texts."""
-        return self.texts(self._text_ids(texts))
+        return _joined([self.embed("text", self.text_ids(part)) for part in _chunks(texts, "texts")])
 
-    @torch.inference_mode()
-    def full_depth_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return unit vectors ``[C, E]`` of texts whatever the policy: a gallery is embedded once, and in advance."""
-        stream, branch, ids = self.contrastive.text, self.text_branch(), self._text_ids(texts).split(CHUNK)
-        return torch.cat([self._climb(stream, branch, {"text_ids": part}, None).vectors for part in ids])
+    def text_ids(self, texts: Sequence[str]) -> Tensor:
+        """Return texts as the model reads them, ``[B, longest]``."""
+        labels_BT, settings = self._of_processor().labels(texts), self.backbone.decode_settings(None)
+        return text_ids_of(labels_BT, settings.start_id, self.contrastive).to(self._device)
 
     def classify(self, images: Sequence[Any], classes: Sequence[str] | None = None) -> Tensor:
         """Return the probability of each class for each PIL picture, ``[B, C]``, at the model's temperature.
@@ -126,30 +143,36 @@ class EmbedEngine:
         """
         if classes is None and self.classes_CE is None:
             raise ValueError("The policy names no classes; give some, such as `classes=['a photo of a dog', ...]`.")
-        texts_CE = self.classes_CE if classes is None else self.full_depth_texts(classes)
+        texts_CE = self.classes_CE if classes is None else self.full_depth.embed_texts(classes).vectors
         assert texts_CE is not None
         vectors_BE = self.embed_images(images).vectors
         with torch.inference_mode():
             return self.contrastive.logits(vectors_BE, texts_CE).float().softmax(-1)
 
-    def image_branch(self) -> EmbedBranch:
-        """Return what leaving the stream of pictures gives, and its signals."""
+    def branch(self, query: Query) -> EmbedBranch:
+        """Return the tower of pictures or of texts: what leaving it gives, and its signals."""
         contrastive, classes_CE = self.contrastive, self.classes_CE
+        if query == "text":
+            return EmbedBranch(contrastive.text, "text_ids", self.exits, contrastive.text_embedding)
         logits = None if classes_CE is None else lambda vectors_BE: contrastive.logits(vectors_BE, classes_CE)
-        return EmbedBranch(contrastive.image.name, self.exits, contrastive.image_embedding, logits)
+        return EmbedBranch(contrastive.image, "pixel_values", self.exits, contrastive.image_embedding, logits)
 
-    def text_branch(self) -> EmbedBranch:
-        """Return the same of the stream of texts."""
-        return EmbedBranch(self.contrastive.text.name, self.exits, self.contrastive.text_embedding)
+    def _check(self, policy: ExitPolicy) -> None:
+        if policy.groups is not None:
+            raise ValueError(
+                f"The policy leaves early for the groups {list(policy.groups)} alone; embeddings have none."
+            )
+        if policy.precision is not None:
+            raise ValueError(f"Embeddings are computed as the model is, and the policy asks for {policy.precision!r}.")
+        check_policy(policy, self.backbone, self.exits, embeds=True)
 
-    def _climb(self, stream: EncoderStream, branch: EmbedBranch, inputs: Inputs, rule: ExitRule | None) -> Embedded:
-        return Embedded(*climb(stream, branch, stream.prologue(inputs, {}), rule))
-
-    def _text_ids(self, texts: Sequence[str]) -> Tensor:
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"`texts` must be a list of at least one text, got {texts!r}")
-        labels_BT, settings = self._of_processor().labels(texts), self.backbone.decode_settings(None)
-        return text_ids_of(labels_BT, settings.start_id, self.contrastive).to(self._device)
+    def _check_fingerprint(self) -> None:
+        asked = {p.fingerprint for p in (self.policy, self.text_policy) if p.fingerprint is not None}
+        if asked and (others := asked - {found := fingerprint(self.model)}):
+            raise ValueError(
+                f"The policy was calibrated for weights with fingerprint {min(others)}, this model has {found}; "
+                "calibrate again."
+            )
 
     def _of_processor(self) -> Any:
         if self.processor is None:
@@ -159,3 +182,14 @@ class EmbedEngine:
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def _chunks(items: Sequence[Item], name: str) -> list[Sequence[Item]]:
+    if isinstance(items, str) or not len(items):
+        raise ValueError(f"`{name}` must be a list of at least one {name.removesuffix('s')}, got {items!r}")
+    return [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
+
+
+def _joined(parts: Sequence[Embedded]) -> Embedded:
+    vectors_BE, depths_B = (torch.cat(column) for column in ([p.vectors for p in parts], [p.depths for p in parts]))
+    return Embedded(vectors_BE, depths_B, sum(part.layer_runs for part in parts))

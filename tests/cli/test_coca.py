@@ -38,17 +38,19 @@ def bundle(tmp_path_factory, shards):
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    answers, embeddings, _ = recipe["trainer"]["callbacks"]
+    answers, pictures, texts, _ = recipe["trainer"]["callbacks"]
     answers["init_args"] = {"keep": 0.6, "metric": "consistency", "latency_repeats": 2}
-    embeddings["init_args"] = {"keep": 0.1, "metric": "recall_at_5", "candidates": 20, "latency_repeats": 2}
-    recipe["trainer"]["callbacks"] = [answers, embeddings]
+    few = {"keep": 0.1, "metric": "recall_at_5", "candidates": 20, "latency_repeats": 2}
+    pictures["init_args"], texts["init_args"] = few, few | {"query": "text"}
+    recipe["trainer"]["callbacks"] = [answers, pictures, texts]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     mue("fit", "-c", folder / "recipe.yaml")
     mue("calibrate", "-c", folder / "recipe.yaml")
     rules = {"vision": ExitRule.static(1), "text": ExitRule.static(1), "decoder": ExitRule.static(4)}
     ExitPolicy(rules).save(folder / "static.json")
     ckpt = ("--ckpt_path", folder / "last.ckpt", "--policy", folder / "static.json")
-    mue("freeze", *ckpt, "--out", folder / "bundle", "--embed-policy", folder / "static.json")
+    embeds = ("--embed-policy", folder / "static.json", "--embed-text-policy", folder / "static.json")
+    mue("freeze", *ckpt, "--out", folder / "bundle", *embeds)
     mue("freeze", *ckpt, "--out", folder / "graphs", "--runtime", "onnxruntime")
     pictures = [data for name, data in members_of(shards / "test-000.tar").items() if name.endswith(".png")][:2]
     for i, data in enumerate(pictures):
@@ -90,6 +92,13 @@ def test_embeddings_leave_early_and_are_compared(bundle, capsys):
     for row, path in zip(image, ("0.png", "1.png"), strict=True):
         told = said.split(str(bundle / path))[1].splitlines()[1:3]
         assert sorted(told) == sorted(f"  {row @ vector:+.3f}  {t}" for vector, t in zip(text, texts, strict=True))
+    assert said.splitlines()[-2].startswith("Pictures and texts may both leave early here.")
+    for side, depths in (("image", ("[3, 3]", "[1, 1]")), ("text", ("[1, 1]", "[2, 2]"))):
+        mue("embed", bundle / "bundle", *images, *words, "--full-depth", side)
+        lines = capsys.readouterr().out.splitlines()
+        for line, name, depth in zip(lines, ("image", "text"), depths, strict=False):
+            assert line == f"{name}: 32 numbers each; layers run {depth}"
+        assert not any("both leave early" in line for line in lines)
     mue("embed", bundle / "bundle", "--text", texts[0])
     assert capsys.readouterr().out.splitlines() == ["text: 32 numbers each; layers run [1]"]
     module, processor = load_checkpoint(bundle / "last.ckpt")
@@ -101,15 +110,20 @@ def test_embeddings_leave_early_and_are_compared(bundle, capsys):
 
 
 @torch.no_grad()
-def test_the_embedding_policy_beside_the_checkpoint_goes_into_the_bundle(bundle, tmp_path, capsys):
-    found = ExitPolicy.load(bundle / "embed_policy.json")  # of `mue calibrate`
-    assert found.certificate.promise.metric == "recall_at_5"
+def test_the_embedding_policies_beside_the_checkpoint_go_into_the_bundle(bundle, tmp_path, capsys):
+    found, of_texts = (ExitPolicy.load(bundle / name) for name in ("embed_policy.json", "embed_text_policy.json"))
     assert set(found.rules) <= {"vision"}
+    assert set(of_texts.rules) <= {"text"}
     mue("freeze", "--ckpt_path", bundle / "last.ckpt", "--out", tmp_path / "bundle")
-    assert mue_package.load_embedder(tmp_path / "bundle").policy == found
-    assert found.certificate.in_words() in (tmp_path / "bundle" / "README.md").read_text()
+    engine, card = mue_package.load_embedder(tmp_path / "bundle"), (tmp_path / "bundle" / "README.md").read_text()
+    assert (engine.policy, engine.text_policy) == (found, of_texts)
+    for policy in (found, of_texts):  # of `mue calibrate`
+        assert policy.certificate.promise.metric == "recall_at_5"
+        assert policy.certificate.in_words() in card
+    assert ("may both leave early" in card) == bool(found.rules and of_texts.rules)
+    assert "may both leave early" in (bundle / "bundle" / "README.md").read_text()
     assert mue_package.load(tmp_path / "bundle").policy == ExitPolicy.load(bundle / "policy.json")
-    assert not (bundle / "graphs" / "embed_policy.json").exists()
+    assert not [*(bundle / "graphs").glob("embed_*")]
     classes = ("red circle", "red square", "blue square")
     rule = {"vision": ExitRule("class_margin", (1, 2), (0.0, 0.0))}
     ExitPolicy(rule, classes=classes).save(tmp_path / "by_class.json")
@@ -128,8 +142,13 @@ def test_the_embedding_policy_beside_the_checkpoint_goes_into_the_bundle(bundle,
     with pytest.raises(SystemExit, match="does not embed"):
         mue("freeze", *ckpt, "--out", tmp_path / "no", "--runtime", "onnxruntime")
     ExitPolicy(fingerprint="of another").save(tmp_path / "other.json")
-    with pytest.raises(SystemExit, match="fingerprint of another"):
-        mue("freeze", *ckpt[:3], tmp_path / "other.json", "--out", tmp_path / "no")
+    for option, file, why in (
+        ("--embed-policy", "other.json", "fingerprint of another"),
+        ("--embed-text-policy", "other.json", "fingerprint of another"),
+        ("--embed-text-policy", "by_class.json", "must have a rule for 'text', it has them for"),
+    ):
+        with pytest.raises(SystemExit, match=why):
+            mue("freeze", *ckpt[:2], option, tmp_path / file, "--out", tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 

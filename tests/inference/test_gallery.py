@@ -1,6 +1,7 @@
-"""Pictures among fixed texts: against brute force, torchmetrics and open_clip's own embeddings; exits as simulated."""
+"""Queries among fixed candidates: against brute force, torchmetrics and open_clip's embeddings; exits as simulated."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torchmetrics.retrieval import RetrievalHitRate
 
 from lightning_mue.calibration import simulate
 from lightning_mue.certificate import Certificate, Evidence
-from lightning_mue.inference import ExitEngine
+from lightning_mue.inference import ExitEngine, embedding
 from lightning_mue.inference.embed_profile import measure_embedding
 from lightning_mue.inference.embed_record import record_embeddings
 from lightning_mue.inference.embedding import EmbedEngine
@@ -24,6 +25,8 @@ ROWS = 12
 WORDS = ["red", "green", "blue", "square", "circle", "cross"]
 CLASSES = tuple(f"a {color} {shape}" for color in WORDS[:3] for shape in WORDS[3:])
 SIGNALS = ("similarity", "gate", "pooled_similarity", "class_margin")
+TOWERS = [("picture", signal) for signal in SIGNALS] + [("text", signal) for signal in SIGNALS[:3]]
+TEXTS = tuple(f"{a} {b}" for a in WORDS[:4] for b in WORDS[3:])
 
 
 class Words:
@@ -48,6 +51,13 @@ def model():
 @pytest.fixture(scope="module")
 def pixels():
     return zoo.inputs("coca", ROWS)["pixel_values"]
+
+
+@pytest.fixture(scope="module")
+def given(model, processor, pixels):
+    """What each side's tower reads; texts of several lengths."""
+    whole = EmbedEngine(model, ExitPolicy(), processor=processor)
+    return {"picture": pixels, "text": whole.text_ids([*TEXTS[: ROWS - 2], "a", "a red square red square"])}
 
 
 def unit(rows, seed):
@@ -97,15 +107,17 @@ def test_zero_shot_is_open_clips_and_accuracy_that_of_torchmetrics(model, proces
     found = engine.contrastive.logits(engine.images(pixels).vectors, engine.classes_CE).softmax(-1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     label_B = torch.arange(ROWS) % len(CLASSES)
-    right = Gallery(engine, CLASSES).places(image_BE, [[CLASSES[label]] for label in label_B]) < 1
+    own = [[CLASSES[label]] for label in label_B]
+    gallery = Gallery(engine.full_depth.embed_texts(CLASSES).vectors, [[text] for text in CLASSES])
+    right = gallery.places(image_BE, engine.classes_CE[label_B], torch.arange(ROWS), own) < 1
     accuracy = MulticlassAccuracy(len(CLASSES), average="micro")
     assert right.float().mean() == accuracy(expected, label_B)
 
 
 @torch.no_grad()
-def test_signals_are_of_the_embedding_that_leaving_gives(model, processor, pixels):
+def test_signals_are_of_the_embedding_that_leaving_gives(model, processor, pixels, given):
     engine = EmbedEngine(model, ExitPolicy(classes=CLASSES), processor=processor)
-    trace = record(engine, pixels)
+    trace = record(engine, given)
     margins = []
     for k in (1, 2, 3):
         with reference.left_after(model, "vision", k):
@@ -123,53 +135,86 @@ def test_signals_are_of_the_embedding_that_leaving_gives(model, processor, pixel
     np.testing.assert_allclose(found, torch.stack(cosines, 1), atol=1e-5)
 
 
-def own_texts(rows):
-    return [[CLASSES[row % len(CLASSES)]] for row in range(rows)]
-
-
-def record(engine, pixels):
-    gallery = Gallery(engine, CLASSES)
+def scorer(engine, given, query):
+    """What scores queries: the R-th finds the R-th candidate, or one of the same texts, among the first three."""
+    other = "text" if query == "picture" else "picture"
+    own_RE = engine.full_depth.embed(other, given[other]).vectors
+    names = [[f"{row % 9}"] for row in range(ROWS)]
+    gallery = Gallery(own_RE[: ROWS - 3], names[: ROWS - 3])
 
     def score(vectors_BE):
-        return (gallery.places(vectors_BE, own_texts(ROWS)) < 3).double().numpy()
+        return (gallery.places(vectors_BE, own_RE, torch.arange(ROWS), names) < 3).double().numpy()
 
+    return score
+
+
+def record(engine, given, query="picture"):
     names = [f"s{row:02d}" for row in range(ROWS)]
-    meta = {"classes": list(CLASSES)}
-    return record_embeddings(engine, pixels, names, names, [""] * ROWS, "recall_at_5", score, meta)
+    more = (names, names, [""] * ROWS, "recall_at_5", scorer(engine, given, query), {"classes": list(CLASSES)})
+    return record_embeddings(engine, query, given[query], *more)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("signal", SIGNALS)
-def test_the_engine_does_what_simulation_says(model, processor, pixels, signal):
+@pytest.mark.parametrize(("query", "signal"), TOWERS)
+def test_the_engine_does_what_simulation_says(model, processor, given, query, signal):
     """Depths and scores, exactly; rows leave at several layers; a batch is its rows one by one."""
     whole = EmbedEngine(model, ExitPolicy(classes=CLASSES), processor=processor)
-    trace, gallery = record(whole, pixels), Gallery(whole, CLASSES)
-    latency = measure_embedding(whole, pixels[:1], repeats=1)
-    assert latency.streams["vision"].signal_ms.keys() == {*SIGNALS}
-    scores = trace.streams["vision"].scores[signal]
-    thresholds = [float(np.median(scores[:, e]) + 1e-4) for e in range(3)]
-    policy = ExitPolicy({"vision": ExitRule(signal, (1, 2, 3), thresholds)}, classes=CLASSES)
+    trace, score = record(whole, given, query), scorer(whole, given, query)
+    latency = measure_embedding(whole, query, given[query][:1], repeats=1)
+    stream = {"picture": "vision", "text": "text"}[query]
+    layers, last = {"picture": ((1, 2, 3), 4), "text": ((1,), 2)}[query]
+    assert latency.streams[stream].signal_ms.keys() == {found for side, found in TOWERS if side == query}
+    scores = trace.streams[stream].scores[signal]
+    thresholds = [float(np.median(scores[:, e]) + 1e-4) for e in range(len(layers))]
+    policy = ExitPolicy({stream: ExitRule(signal, layers, thresholds)}, classes=CLASSES)
     engine = EmbedEngine(model, policy, processor=processor)
-    found, expected = engine.images(pixels), simulate(trace, policy, latency)
-    assert found.depths.tolist() == expected.depths["vision"].tolist()
-    assert len(set(found.depths.tolist())) > 2
-    hits = (gallery.places(found.vectors, own_texts(ROWS)) < 3).double()
-    assert hits.tolist() == expected.score["recall_at_5"].tolist()
+    found, expected = engine.embed(query, given[query]), simulate(trace, policy, latency)
+    assert found.depths.tolist() == expected.depths[stream].tolist()
+    assert len(set(found.depths.tolist())) > min(2, len(layers))
+    assert score(found.vectors).tolist() == expected.score["recall_at_5"].tolist()
     for row in range(ROWS):
-        alone = engine.images(pixels[row : row + 1])
+        alone = engine.embed(query, given[query][row : row + 1])
         torch.testing.assert_close(found.vectors[row], alone.vectors[0], rtol=1e-5, atol=1e-6)
-        rules = {"vision": ExitRule.static(int(alone.depths))} if alone.depths < 4 else {}
-        static = EmbedEngine(model, ExitPolicy(rules)).images(pixels[row : row + 1])
+        rules = {stream: ExitRule.static(int(alone.depths))} if alone.depths < last else {}
+        static = EmbedEngine(model, ExitPolicy(rules)).embed(query, given[query][row : row + 1])
         torch.testing.assert_close(alone.vectors, static.vectors)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("signal", SIGNALS)
-def test_thresholds_out_of_reach_are_full_depth(model, processor, pixels, signal):
-    policy = ExitPolicy({"vision": ExitRule(signal, (1, 2, 3), [math.inf] * 3)}, classes=CLASSES)
-    found = EmbedEngine(model, policy, processor=processor).images(pixels)
-    assert torch.equal(found.vectors, EmbedEngine(model, ExitPolicy()).images(pixels).vectors)
-    assert found.depths.tolist() == [4] * ROWS
+@pytest.mark.parametrize(("query", "signal"), TOWERS)
+def test_thresholds_out_of_reach_are_full_depth(model, processor, given, query, signal):
+    stream, layers = {"picture": ("vision", (1, 2, 3)), "text": ("text", (1,))}[query]
+    rule = ExitRule(signal, layers, [math.inf] * len(layers))
+    engine = EmbedEngine(model, ExitPolicy({stream: rule}, classes=CLASSES), processor=processor)
+    found, whole = engine.embed(query, given[query]), engine.full_depth.embed(query, given[query])
+    assert torch.equal(found.vectors, whole.vectors)
+    assert len(set(found.depths.tolist())) == 1
+    assert found.layer_runs == found.depths[0]
+
+
+@torch.no_grad()
+def test_signals_of_texts_do_not_see_the_padding(model, processor, given):
+    """By hand, of the states at a text's own tokens and [CLS] alone."""
+    whole = EmbedEngine(model, ExitPolicy(), processor=processor)
+    trace, stream, exits = record(whole, given, "text"), whole.contrastive.text, whole.exits
+    state = stream.prologue({"text_ids": given["text"]}, {})
+    before_BTD, after_BTD = state.h_BTD, stream.layer(1, state)
+    for row, ids in enumerate(given["text"]):
+        own = [*range(int((ids != zoo.PAD).sum())), len(ids)]
+        cosine = torch.cosine_similarity(before_BTD[row, own], after_BTD[row, own], dim=-1).mean()
+        gate = exits.gates["text_1"](after_BTD[row, own].mean(0)).sigmoid()
+        found = trace.streams["text"].scores
+        assert found["similarity"][row, 0] == pytest.approx(cosine.item(), abs=1e-5)
+        assert found["gate"][row, 0] == pytest.approx(gate.item(), abs=1e-5)
+
+
+def test_a_candidate_with_a_text_of_the_query_is_its_own():
+    """Of pictures: one of which the very text is said is no wrong answer, whatever else is said of it."""
+    query_BE, candidate_CE = unit(1, 0).expand(2, 8), unit(3, 1)
+    candidate_CE[0] = query_BE[0]
+    gallery = Gallery(candidate_CE, [["red", "green"], ["blue"], ["red"]])
+    found = gallery.places(query_BE, -query_BE, torch.arange(2), [["red"], ["blue"]])
+    assert found.tolist() == [1, 2]
 
 
 @torch.no_grad()
@@ -186,7 +231,7 @@ def test_an_accepted_exit_makes_its_embedding_once(model, processor, pixels, mon
 def test_texts_leave_by_the_change_of_their_embedding(model, processor):
     whole = EmbedEngine(model, ExitPolicy(), processor=processor)
     stream, adapt, pool = whole.contrastive.text, whole.exits.adapt, whole.contrastive.text_embedding
-    ids = whole._text_ids(CLASSES)
+    ids = whole.text_ids(CLASSES)
     state = stream.prologue({"text_ids": ids}, {})
     before, state.h_BTD = state.h_BTD, stream.layer(1, state)
     two = [pool(state.at(adapt("text", 1, h_BTD))) for h_BTD in (before, state.h_BTD)]
@@ -204,6 +249,33 @@ def test_a_certificate_of_embeddings_is_none_of_answers(model):
     assert EmbedEngine(model, policy).policy == policy
     with pytest.raises(ValueError, match="certified for embeddings, not for answers"):
         ExitEngine(model, policy)
+
+
+@torch.no_grad()
+def test_each_side_obeys_its_own_policy(model, processor, given):
+    """Two certificates, one engine; what one policy says of the other's stream is not asked."""
+    pictures = ExitPolicy({"vision": ExitRule.static(2), "text": ExitRule.static(1)})
+    whole, early = ExitPolicy(), ExitPolicy({"text": ExitRule.static(1)})
+    for texts, depth, both in ((None, 1, True), (whole, 2, False), (early, 1, True)):
+        engine = EmbedEngine(model, pictures, processor=processor, text_policy=texts)
+        assert engine.images(given["picture"]).depths.tolist() == [2] * ROWS
+        assert engine.embed_texts(TEXTS).depths.tolist() == [depth] * len(TEXTS)
+        assert engine.leaves_both_early == both
+        assert engine.full_depth.embed_texts(TEXTS).depths.tolist() == [2] * len(TEXTS)
+    with pytest.raises(ValueError, match=r"must have a rule for 'text', it has them for \['vision'\]"):
+        EmbedEngine(model, whole, text_policy=ExitPolicy({"vision": ExitRule.static(2)}))
+    with pytest.raises(ValueError, match="weights with fingerprint of another"):
+        EmbedEngine(model, whole, text_policy=replace(early, fingerprint="of another"))
+
+
+@torch.no_grad()
+def test_long_lists_are_embedded_in_parts(model, processor, monkeypatch):
+    whole = EmbedEngine(model, ExitPolicy(), processor=processor)
+    together = whole.embed_texts(TEXTS)
+    monkeypatch.setattr(embedding, "CHUNK", 5)
+    parts = whole.embed_texts(TEXTS)
+    torch.testing.assert_close(parts.vectors, together.vectors, rtol=1e-5, atol=1e-6)
+    assert (len(parts.depths), parts.layer_runs) == (len(TEXTS), 3 * together.layer_runs)
 
 
 def test_what_is_refused(model, processor):
