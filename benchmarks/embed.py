@@ -1,11 +1,12 @@
-"""What embedding pictures costs and finds: full depth, every static depth, and a certified policy.
+"""What embedding pictures and texts costs and finds: full depth, every static depth, and certified policies.
 
     python benchmarks/embed.py --ckpt_path runs/coca_scenes/last.ckpt --name scenes
 
 Pictures of the recipe's test data look for their own texts among the candidates that the policy was calibrated with
-(texts of the data that proposed it: nothing tested is in them); those of a class, for their class. Without a policy
-candidates and classes are those of the command line. Quality is on all pictures that count, its share of full depth's
-with an interval from clusters drawn again in pairs. Time is CPU time of one thread on some of these pictures, all lines
+(texts of the data that proposed it: nothing tested is in them); those of a class, for their class; the first text of
+each picture, for that picture, among pictures. What is looked for and among is embedded at full depth. Without a policy
+candidates and classes are those of the command line. Quality is on all queries that count, its share of full depth's
+with an interval from clusters drawn again in pairs. Time is CPU time of one thread on some of these queries, all lines
 in turn, in a new order each round. The first static depth is the ceiling: the most that exits can save. Writes
 ``benchmarks/results/embed_<name>_<date>.md``.
 """
@@ -30,46 +31,61 @@ from torch import Tensor
 from lightning_mue.calibration.bootstrap import kept_interval
 from lightning_mue.calibration.clusters import cluster_means
 from lightning_mue.callbacks.batches import Batch, rows_of
-from lightning_mue.callbacks.text_search import TextSearch
+from lightning_mue.callbacks.lookup import Lookup, picture_vectors, queries
+from lightning_mue.callbacks.search import Search
 from lightning_mue.files import write_text
-from lightning_mue.inference.embedding import EmbedEngine
+from lightning_mue.inference.embedding import EmbedEngine, Query
 from lightning_mue.inference.gallery import Gallery
 from lightning_mue.policy import ExitPolicy, ExitRule
+from lightning_mue.policy_file import EMBED_POLICY, EMBED_TEXT_POLICY
 
 RESULTS = Path(__file__).parent / "results"
 FULL, POLICY = "full depth", "calibrated"
-TASKS = {"retrieval": ("embed_policy.json", "recall_at_5", "r5"), "zero-shot": ("top_1_policy.json", "top_1", "top1")}
-"""Task -> its policy beside the checkpoint, the metric of its figures, and what they are called."""
+RECALLS = ("recall_at_1", "recall_at_5", "recall_at_10")
+TASKS: dict[str, tuple[str, str, str, Query]] = {
+    "retrieval": (EMBED_POLICY, "recall_at_5", "r5", "picture"),
+    "zero-shot": ("top_1_policy.json", "top_1", "top1", "picture"),
+    "text retrieval": (EMBED_TEXT_POLICY, "recall_at_5", "text_r5", "text"),
+}
+"""Task -> its policy beside the checkpoint, the metric of its figures, what they are called, and who looks."""
 KEPT, SPEEDUP, CONFIDENCE = 0.99, 1.5, 0.95
 
 
 @dataclass(frozen=True)
 class Task:
-    """What pictures are asked to find, and which.
+    """What queries are asked to find, and which.
 
     Args:
         name: one of ``TASKS``.
         searches: by metric.
-        gallery: what all of them look among.
+        lookup: what all of them look among.
         engines: the lines, full depth first.
-        batches: of the pictures that count.
+        batches: of the samples that count.
     """
 
     name: str
-    searches: Mapping[str, TextSearch]
-    gallery: Gallery
+    searches: Mapping[str, Search]
+    lookup: Lookup
     engines: Mapping[str, EmbedEngine]
     batches: Sequence[Batch]
 
     @property
+    def query(self) -> Query:
+        """Who looks."""
+        return TASKS[self.name][3]
+
+    @property
     def clusters(self) -> list[str]:
-        """Of every picture."""
+        """Of every query."""
         return [cluster for batch in self.batches for cluster in batch["cluster"]]
 
-    def scores(self, batch: Batch, image_BE: Tensor) -> dict[str, np.ndarray]:
-        """Return metric -> 1 where a picture finds a text of its own, 0 where not: ``[B]``."""
-        search = next(iter(self.searches.values()))
-        places = self.gallery.places(image_BE, [search.own(references) for references in batch["references"]])
+    def given(self, batch: Batch) -> Tensor:
+        """Return what the queries' tower reads."""
+        return queries(self.lookup.search, self.lookup.whole, batch)
+
+    def scores(self, batch: Batch, query_BE: Tensor) -> dict[str, np.ndarray]:
+        """Return metric -> 1 where a query finds its own, 0 where not: ``[B]``."""
+        places = self.lookup.places(batch, query_BE)
         return {metric: (places < search.within).double().numpy() for metric, search in self.searches.items()}
 
 
@@ -78,9 +94,9 @@ class Line:
     """What one line found and took.
 
     Args:
-        scores: metric -> score of each picture, ``[n]``.
+        scores: metric -> score of each query, ``[n]``.
         depth: mean layers run.
-        ms: batch size -> CPU milliseconds a picture, ``[repeats]``.
+        ms: batch size -> CPU milliseconds a query, ``[repeats]``.
     """
 
     scores: Mapping[str, np.ndarray]
@@ -93,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ckpt_path", required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--data", help="the shards, if they lie elsewhere than in training")
-    parser.add_argument("--policies", help="folder of embed_policy.json and top_1_policy.json, if not the checkpoint's")
+    parser.add_argument("--policies", help="folder of the policies, if not the checkpoint's")
     parser.add_argument("--candidates", type=int, default=1000, help="of retrieval, without a policy")
     parser.add_argument("--classes", help="file of classes, one a line, without a policy")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
@@ -115,24 +131,39 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_task(name: str, model: torch.nn.Module, data: Any, args: argparse.Namespace) -> Task | None:
-    """Return a task with its lines; None where there are no classes to tell apart."""
-    path = Path(args.policies or Path(args.ckpt_path).parent) / TASKS[name][0]
+    """Return a task with its lines; None where there are no classes to tell apart, or no exits."""
+    file, metric, _, query = TASKS[name]
+    path = Path(args.policies or Path(args.ckpt_path).parent) / file
     policy = ExitPolicy.load(path) if path.exists() else None
     settings = policy.certificate.decode if policy is not None and policy.certificate is not None else {}
-    if name == "retrieval":
-        size, seed = settings.get("candidates", args.candidates), settings.get("candidates_seed", 0)
-        searches = {metric: TextSearch(metric, size, seed) for metric in ("recall_at_1", "recall_at_5", "recall_at_10")}
-    else:
+    if metric == "top_1":
         classes, template = settings.get("classes") or lines_of(args.classes), settings.get("template", "{}")
         if not classes:
             return None
-        searches = {"top_1": TextSearch("top_1", classes=tuple(classes), template=template)}
-    engines = lines(model, data.processor, policy)
-    proposes = (s for s in data.calibration_samples.samples if data.split_of(s.cluster) == "propose")
-    search = searches[TASKS[name][1]]
-    gallery = Gallery(engines[FULL], search.among(text for sample in proposes for text in sample.references))
+        searches = {metric: Search(metric, classes=tuple(classes), template=template)}
+    else:
+        size, seed = settings.get("candidates", args.candidates), settings.get("candidates_seed", 0)
+        searches = {recall: Search(recall, query, size, seed) for recall in RECALLS}
+    engines, search = lines(model, data.processor, policy, query), searches[metric]
+    if len(engines) == 1:
+        return None
+    lookup = Lookup(search, engines[FULL], gallery(search, engines[FULL], data))
     counted = (rows_of(b, [bool(search.own(refs)) for refs in b["references"]]) for b in data.test_dataloader())
-    return Task(name, searches, gallery, engines, [batch for batch in counted if batch["sample_id"]])
+    return Task(name, searches, lookup, engines, [batch for batch in counted if batch["sample_id"]])
+
+
+def gallery(search: Search, whole: EmbedEngine, data: Any) -> Gallery:
+    """Return the candidates that a calibration of this data has: drawn of the part that proposes."""
+    proposes = {
+        sample.sample_id: (sample.cluster, sample.references)
+        for sample in data.calibration_samples.samples
+        if data.split_of(sample.cluster) == "propose" and search.own(sample.references)
+    }
+    drawn = search.among(proposes)
+    if search.query == "picture":
+        return Gallery(whole.embed_texts([*drawn]).vectors, [*drawn.values()])
+    found = picture_vectors(whole, data.val_dataloader(), drawn)
+    return Gallery(torch.from_numpy(np.stack([found[name] for name in drawn])), [*drawn.values()])
 
 
 def lines_of(path: str | None) -> tuple[str, ...]:
@@ -141,10 +172,12 @@ def lines_of(path: str | None) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def lines(model: torch.nn.Module, processor: object, calibrated: ExitPolicy | None) -> dict[str, EmbedEngine]:
-    """Return name -> engine: full depth, every static depth, and what was calibrated."""
+def lines(
+    model: torch.nn.Module, processor: object, calibrated: ExitPolicy | None, query: Query
+) -> dict[str, EmbedEngine]:
+    """Return name -> engine: full depth, every static depth of the queries' tower, and what was calibrated."""
     whole = EmbedEngine(model, ExitPolicy(), processor=processor)
-    exits, stream = whole.exits, whole.contrastive.image.name
+    exits, stream = whole.exits, whole.branch(query).stream.name
     layers = exits.layers.get(stream, ()) if exits is not None else ()
     named = {f"static {k}": ExitPolicy({stream: ExitRule.static(k)}) for k in layers}
     named |= {POLICY: calibrated} if calibrated is not None else {}
@@ -152,12 +185,12 @@ def lines(model: torch.nn.Module, processor: object, calibrated: ExitPolicy | No
 
 
 def measure(task: Task, args: argparse.Namespace) -> dict[str, Line]:
-    """Return what every line found in all pictures, and took for some of them."""
-    pixels = torch.cat([batch["pixel_values"] for batch in task.batches])[: args.timed_pictures]
-    ms = {size: timed(task.engines, pixels, size, args.repeats) for size in args.batch_sizes}
+    """Return what every line found for all queries, and took for some of them."""
+    given = torch.cat([task.given(batch) for batch in task.batches])[: args.timed_pictures]
+    ms = {size: timed(task.engines, task.query, given, size, args.repeats) for size in args.batch_sizes}
     found = {}
     for name, engine in task.engines.items():
-        embedded = [engine.images(batch["pixel_values"]) for batch in track(task.batches, description=name)]
+        embedded = [engine.embed(task.query, task.given(b)) for b in track(task.batches, description=name)]
         parts = [task.scores(batch, part.vectors) for batch, part in zip(task.batches, embedded, strict=True)]
         scores = {metric: np.concatenate([part[metric] for part in parts]) for metric in task.searches}
         depth = float(torch.cat([part.depths for part in embedded]).double().mean())
@@ -165,19 +198,21 @@ def measure(task: Task, args: argparse.Namespace) -> dict[str, Line]:
     return found
 
 
-def timed(engines: Mapping[str, EmbedEngine], pixels: Tensor, size: int, repeats: int) -> dict[str, np.ndarray]:
-    """Return name -> CPU milliseconds a picture in each round, ``[repeats]``; every batch has an order of its own."""
-    parts, names = [part for part in pixels.split(size) if len(part) == size], list(engines)
+def timed(
+    engines: Mapping[str, EmbedEngine], query: Query, given: Tensor, size: int, repeats: int
+) -> dict[str, np.ndarray]:
+    """Return name -> CPU milliseconds a query in each round, ``[repeats]``; every batch has an order of its own."""
+    parts, names = [part for part in given.split(size) if len(part) == size], list(engines)
     if not parts:
-        raise ValueError(f"Batches of {size} need that many pictures to time, there are {len(pixels)}")
+        raise ValueError(f"Batches of {size} need that many queries to time, there are {len(given)}")
     rng, ms = np.random.default_rng(0), {name: np.zeros((repeats, len(parts))) for name in engines}
     for name in names:
-        engines[name].images(parts[0])
+        engines[name].embed(query, parts[0])
     for turn in track(range(repeats), description=f"batches of {size}"):
         for i, part in enumerate(parts):
             for k in rng.permutation(len(names)):
                 begin = time.process_time()
-                engines[names[k]].images(part)
+                engines[names[k]].embed(query, part)
                 ms[names[k]][turn, i] = (time.process_time() - begin) * 1e3 / size
     return {name: values.mean(1) for name, values in ms.items()}
 
@@ -195,7 +230,7 @@ def figures(task: Task, found: Mapping[str, Line]) -> list[tuple[str, float, flo
     """Return the promised figures: name, value, target, unit; none without a policy."""
     if POLICY not in found:
         return []
-    _, metric, short = TASKS[task.name]
+    _, metric, short, _ = TASKS[task.name]
     share = kept(found[POLICY], found[FULL], metric, task.clusters)[1]
     result = [(f"kept_{short}", share, KEPT, "share of full depth's")]
     for size, ms in found[POLICY].ms.items():
@@ -207,14 +242,15 @@ def figures(task: Task, found: Mapping[str, Line]) -> list[tuple[str, float, flo
 def report(tasks: Sequence[Task], found: Mapping[str, Mapping[str, Line]], args: argparse.Namespace) -> str:
     """Return the page."""
     text = (
-        f"# Embeddings of {args.name}\n\n{where(1)}; {today()}. Quality on test pictures that neither trained nor "
+        f"# Embeddings of {args.name}\n\n{where(1)}; {today()}. Quality on test data that neither trained nor "
         f"calibrated; shares of full depth's with {CONFIDENCE:.0%} intervals (paired bootstrap of clusters). CPU ms a "
-        f"picture on at most {args.timed_pictures} of them, {args.repeats} rounds, all lines in turn in random order; "
+        f"query on at most {args.timed_pictures} of them, {args.repeats} rounds, all lines in turn in random order; "
         "medians with quartiles, ratios paired by round.\n"
     )
     for task in tasks:
-        text += f"\n## {task.name}: {len(task.clusters)} pictures in {len(set(task.clusters))} clusters, "
-        text += f"{len(task.gallery.texts)} texts to look among\n\n{table(task, found[task.name])}"
+        text += f"\n## {task.name}: {len(task.clusters)} {task.query}s in {len(set(task.clusters))} clusters, "
+        text += f"{len(task.lookup.gallery.texts)} {task.lookup.search.others} to look among\n\n"
+        text += table(task, found[task.name])
         if promised := figures(task, found[task.name]):
             policy = task.engines[POLICY].policy
             words = policy.certificate.in_words() if policy.certificate is not None else "Not calibrated."
