@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_mue.backbones import register_view
     from lightning_mue.calibration.watch import Watch
     from lightning_mue.callbacks import (
         CalibrateEmbeddings,
@@ -65,6 +66,7 @@ _HOMES = {
     "load": "export",
     "load_embedder": "export",
     "load_exits": "exits",
+    "register_view": "backbones",
     "save_exits": "exits",
 }
 
@@ -98,6 +100,7 @@ __all__ = [
     "load",
     "load_embedder",
     "load_exits",
+    "register_view",
     "save_exits",
 ]
 

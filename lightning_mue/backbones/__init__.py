@@ -4,7 +4,7 @@ from lightning_mue.backbones.load import backbone_config, build_backbone, finger
 from lightning_mue.backbones.stream import Backbone, DecoderStream, DecodeSettings, EncoderStream, StreamState
 from lightning_mue.backbones.stream import exit_streams as exit_streams
 from lightning_mue.backbones.stream import num_layers as num_layers
-from lightning_mue.backbones.view import EXITS, unwrapped, view
+from lightning_mue.backbones.view import EXITS, register_view, unwrapped, view
 
 __all__ = [
     "EXITS",
@@ -19,6 +19,7 @@ __all__ = [
     "fingerprint",
     "num_layers",
     "read_weights",
+    "register_view",
     "unwrapped",
     "view",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,19 @@ from lightning_mue.backbones.vision_encoder_decoder import VisionEncoderDecoderV
 
 EXITS = "mue_exits"
 """Name of the submodule that holds a model's exits, and so the prefix of every new ``state_dict`` key."""
+
+
+_REGISTERED: dict[type[nn.Module], Callable[[Any], Backbone]] = {}
+
+
+def register_view(kind: type[nn.Module], make: Callable[[Any], Backbone]) -> None:
+    """Let models of a class of one's own be seen as streams, before those that are supported.
+
+    Args:
+        kind: the class.
+        make: model -> its view, such as a subclass of ``PlainView``.
+    """
+    _REGISTERED[kind] = make
 
 
 def unwrapped(model: Any) -> Any:
@@ -32,6 +46,9 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
         TypeError: the model's class, or that of one of its parts, has no view.
     """
     model = unwrapped(model)
+    for kind, make in _REGISTERED.items():
+        if isinstance(model, kind):
+            return make(model)
     if isinstance(model, Florence2ForConditionalGeneration):
         exits: Any = getattr(model, EXITS, None)
         return Florence2View(model, encoder or (exits.encoder if exits is not None else "joint"))
@@ -43,5 +60,5 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
         return CoCaView(model)
     raise TypeError(
         f"{type(model).__name__} has no view; supported: Florence2ForConditionalGeneration, VisionEncoderDecoderModel, "
-        "open_clip's CoCa."
+        "open_clip's CoCa, and what `register_view` names."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,23 +13,13 @@ from transformers import (
     MBartForCausalLM,
     SwinModel,
     TrOCRForCausalLM,
-    VisionEncoderDecoderModel,
     ViTModel,
 )
 
 from lightning_mue.backbones.bart import BartDecoderStream
-from lightning_mue.backbones.generation import build_processors, generate_as_asked, read_settings
 from lightning_mue.backbones.gpt2 import GPT2DecoderStream
-from lightning_mue.backbones.stream import (
-    DecoderStream,
-    DecodeSettings,
-    EncoderStream,
-    Inputs,
-    LayerCall,
-    Outputs,
-    StreamState,
-    TokenProcessor,
-)
+from lightning_mue.backbones.plain_view import PlainView
+from lightning_mue.backbones.stream import EncoderStream, Inputs, LayerCall, Outputs, StreamState
 from lightning_mue.backbones.swin import SwinStream
 
 
@@ -61,7 +50,7 @@ class ViTStream:
         return self._encoder.layernorm(state.h_BTD)
 
 
-class VisionEncoderDecoderView:
+class VisionEncoderDecoderView(PlainView):
     """A ``VisionEncoderDecoderModel`` seen as streams; owns no weights.
 
     Args:
@@ -71,40 +60,13 @@ class VisionEncoderDecoderView:
         TypeError: its encoder or its decoder has no view.
     """
 
-    generate_inputs = ("pixel_values", "decoder_prompt")
-    contrastive = None
-
-    def __init__(self, model: VisionEncoderDecoderModel) -> None:
-        self.model: Any = model
-        self.encoders: tuple[EncoderStream, ...] = (_encoder_stream(self.model.encoder),)
-        self.decoder: DecoderStream = _decoder_stream(self.model.decoder)
-
-    def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
-        """Transformers' own ``generate``."""
-        given = {name: inputs[name] for name in self.generate_inputs if inputs.get(name) is not None}
-        return generate_as_asked(self.model.generate, given, self.decode_settings, settings)
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, [_encoder_stream(model.encoder)], _decoder_stream(model.decoder), ["pixel_values"])
 
     def memory(self, done: Outputs) -> Tensor:
         """The picture's tokens, in the decoder's width where the model brings them there."""
         projection = getattr(self.model, "enc_to_dec_proj", None)
         return done["vision"] if projection is None else projection(done["vision"])
-
-    def memory_mask(self, inputs: Inputs) -> Tensor | None:
-        """All of them are read."""
-        return None
-
-    def decode_settings(self, max_new_tokens: int | None) -> DecodeSettings:
-        """Read ``model.generation_config``."""
-        return read_settings(self.model.generation_config, max_new_tokens)
-
-    def token_processors(
-        self,
-        settings: DecodeSettings,
-        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None,
-        prompts: Sequence[Sequence[int]],
-    ) -> list[TokenProcessor]:
-        """Transformers' own logits processors."""
-        return build_processors(settings, prefix_allowed_tokens_fn, prompts)
 
 
 def _encoder_stream(encoder: nn.Module) -> EncoderStream:
