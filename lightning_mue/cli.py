@@ -24,6 +24,7 @@ OWN = {
     "generate": "answer for a picture with a bundle",
     "embed": "embed pictures and texts with a bundle, and compare them",
     "benchmark": "measure a bundle on your data: quality, time, and where both come from",
+    "check": "run the properties that must hold on a model of your own",
     "policy": "show a policy's promise in plain words",
     "data": "write built-in data, or your copy of a public data set, as shards",
 }
@@ -175,6 +176,19 @@ def _benchmark(args: Sequence[str]) -> None:
     from lightning_mue.benchmark.command import main as benchmark
 
     benchmark(_parser("benchmark"), args)
+
+
+def _check(args: Sequence[str]) -> None:
+    parser = _parser("check")
+    parser.add_argument("factory", help="module:function that returns a model and what makes inputs of n samples")
+    found = parser.parse_args(args)
+    from lightning_mue.check import check, named
+
+    failed = 0
+    for finding in check(named(found.factory)):
+        print(finding, flush=True)
+        failed += finding.holds is False
+    sys.exit(f"mue check: {failed} of these do not hold" if failed else 0)
 
 
 def _policy(args: Sequence[str]) -> None:
