@@ -145,7 +145,7 @@ def tiny_vit_gpt2() -> nn.Module:
 def tiny_donut() -> nn.Module:
     """Windows are shifted in every second block of the long stage; the memory is projected to the decoder's width."""
     swin = {"patch_size": 4, "embed_dim": 12, "depths": [1, 4, 1], "num_heads": [2, 4, 4], "window_size": 4}
-    still = {"drop_path_rate": 0.0, "initializer_range": 0.05}  # no norm ends the tower: what it gives must not be large
+    still = {"drop_path_rate": 0.0, "initializer_range": 0.05}  # no norm ends the tower
     return tiny_captioner({"model_type": "donut-swin", **swin, **still}, {"model_type": "mbart", **BART})
 
 

@@ -25,12 +25,12 @@ class GPT2DecoderStream(NormAndHead):
     def __init__(self, decoder: GPT2LMHeadModel) -> None:
         self._decoder: Any = decoder.transformer
         super().__init__(self._decoder.ln_f, decoder.lm_head)
-        if not hasattr(self._decoder.h[0], "crossattention"):
+        first: Any = self._decoder.h[0]
+        if not hasattr(first, "crossattention"):
             raise TypeError("A GPT-2 without cross-attention reads no picture; its config needs `add_cross_attention`.")
-        attention: Any = self._decoder.h[0].attn
         self.num_layers = len(self._decoder.h)
         self.width = self.memory_width = self._decoder.embed_dim
-        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.num_heads, self.head_dim = first.attn.num_heads, first.attn.head_dim
         self.max_positions = self._decoder.wpe.num_embeddings
 
     def embed_at(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:

@@ -26,11 +26,17 @@ class ModelWork:
 
 
 def model_work(model: nn.Module, inputs: Mapping[str, Any]) -> ModelWork:
-    """Count the pieces of a backbone, which run once each, on a batch of inputs."""
+    """Count the pieces of a backbone, which run once each, on a batch of inputs.
+
+    What makes the memory of the streams' outputs is counted with the last stream.
+    """
     backbone = view(model)
     done: dict[str, Tensor] = {}
     streams = {stream.name: _stream_work(backbone, stream, inputs, done) for stream in backbone.encoders}
-    return ModelWork(streams, decoder_work(model, backbone.decoder, backbone.memory(done)[:1]))
+    memory_BSD, joining = counted(model, partial(backbone.memory, done))
+    name, last = streams.popitem()
+    streams[name] = StreamWork(_both(last.fixed, joining), last.layers)
+    return ModelWork(streams, decoder_work(model, backbone.decoder, memory_BSD[:1]))
 
 
 def decoder_work(model: nn.Module, decoder: DecoderStream, memory_1SD: Tensor) -> DecoderWork:
@@ -60,7 +66,11 @@ def _stream_work(backbone: Backbone, stream: EncoderStream, inputs: Inputs, done
         state.h_BTD, layer = counted(backbone.model, partial(stream.layer, k, state))
         layers.append(layer)
     done[stream.name], last = counted(backbone.model, partial(stream.epilogue, state))
-    return StreamWork(Work(first.weights + last.weights, first.macs + last.macs), layers)
+    return StreamWork(_both(first, last), layers)
+
+
+def _both(one: Work, other: Work) -> Work:
+    return Work(one.weights + other.weights, one.macs + other.macs)
 
 
 def counted(model: nn.Module, piece: Callable[[], Any]) -> tuple[Any, Work]:
