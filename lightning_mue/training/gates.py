@@ -80,16 +80,16 @@ def stream_gates(
 def text_gates(contrastive: Contrastive, exits: Exits, paired: Paired, balance: bool) -> Tensor:
     """Mean gate loss over the exits of the texts that only compare.
 
-    The target is "leaving here, a text finds its picture no later than at full depth", among those of this process's
-    batch. The pictures must have gone full depth, as a gallery's do.
+    The target is "a text that finds its picture first at full depth finds it first leaving here too", among those of
+    this process's batch. The pictures must have gone full depth, as a gallery's do.
     """
     name, last = contrastive.text.name, contrastive.text.num_layers
     with torch.no_grad(), torch.autocast(paired.image_BE.device.type, enabled=False):
         image_BE, same_BB = paired.image_BE, equal_rows(paired.text_BT)
         row_B = torch.arange(len(image_BE), device=image_BE.device)
-        place_B = {k: places(text_BE, image_BE, row_B, image_BE, same_BB) for k, text_BE in paired.text_BE.items()}
+        finds_B = {k: places(text_BE, image_BE, row_B, image_BE, same_BB) < 1 for k, text_BE in paired.text_BE.items()}
     losses = [
-        gate_loss(exits.gate_logit(name, k, state.h_BTD.detach(), state.valid_BT), place_B[k] <= place_B[last], balance)
+        gate_loss(exits.gate_logit(name, k, state.h_BTD.detach(), state.valid_BT), finds_B[k] | ~finds_B[last], balance)
         for k, state in paired.states.items()
         if k != last
     ]
