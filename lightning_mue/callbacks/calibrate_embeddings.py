@@ -160,7 +160,7 @@ class CalibrateEmbeddings(Calibrates):
                 "CalibrateEmbeddings embeds texts: it needs a data module, or a LightningModule, with a `processor`."
             )
         self._subject = Embedding(trainer, model, self.search, journal, self.keys)
-        _ = self._subject.whole  # a model that does not compare is refused before anything is read
+        self._subject.whole.branch(self.search.query).attached()  # nothing is read where nothing can be left
         self.calibration = Calibration(model, asked, self._subject, journal, self.keys)
         self._proposes, self._certifies, self._one = {}, {}, None
 

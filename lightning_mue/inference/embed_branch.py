@@ -49,7 +49,7 @@ class EmbedBranch:
         return self.stream.prologue({self._reads: given}, {})
 
     def attached(self) -> Exits:
-        """Return the exits, of which some are of this tower.
+        """Return the exits, some of which are this tower's.
 
         Raises:
             ValueError: it has none.

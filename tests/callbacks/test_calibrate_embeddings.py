@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_mue import CalibrateEmbeddings, EmbedEngine, ExitPolicy, ExitRule
 from lightning_mue.callbacks.search import Search
+from lightning_mue.exits import attach_exits
 from tests import ranks, zoo
 from tests.inference.test_gallery import CLASSES, WORDS, Words
 
@@ -195,6 +196,10 @@ def test_what_is_refused(module, make_trainer):
         make_trainer(calibrate(metric="recall_at_10", candidates=11)).validate(module, loader(12), verbose=False)
     with pytest.raises(ValueError, match=r"No picture has one of the classes \['red', 'green'\]"):
         make_trainer(calibrate(metric="top_1", classes=["red", "green"])).validate(module, loader(12), verbose=False)
+    module.model = zoo.make("coca", exits=False)
+    attach_exits(module.model, {"vision": [1]})
+    with pytest.raises(ValueError, match="There are no exits of 'text' to calibrate"):
+        make_trainer(calibrate(query="text")).validate(module, loader(12), verbose=False)
     processor, module.processor = module.processor, None
     with pytest.raises(ValueError, match="with a `processor`"):
         make_trainer(calibrate()).validate(module, loader(12), verbose=False)
