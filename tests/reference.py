@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import VisionEncoderDecoderModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BlipForConditionalGeneration, BlipForQuestionAnswering, VisionEncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_mue.exits import attached
@@ -107,6 +109,8 @@ def left_after(model: Any, stream: str, depth: int):
 
 def decoder(model: Any) -> Any:
     """Return the module of transformers that holds the decoder's layers."""
+    if is_blip(model):
+        return model.text_decoder.bert.encoder
     if not isinstance(model, VisionEncoderDecoderModel):
         return model.model.language_model.decoder
     return model.decoder.transformer if hasattr(model.decoder, "transformer") else model.decoder.model.decoder
@@ -115,7 +119,9 @@ def decoder(model: Any) -> Any:
 def _layers_at(model: Any, stream: str) -> tuple[nn.Module, str]:
     """Return what holds a stream's layers, and under which name."""
     if stream == "decoder":
-        return decoder(model), "h" if hasattr(decoder(model), "h") else "layers"
+        return decoder(model), next(name for name in ("h", "layer", "layers") if hasattr(decoder(model), name))
+    if is_blip(model):
+        return (model.vision_model.encoder, "layers") if stream == "vision" else (model.text_encoder.encoder, "layer")
     if isinstance(model, VisionEncoderDecoderModel):
         swin = getattr(model.encoder, "encoder", None)
         return (model.encoder, "layers") if swin is None else (swin.layers[1], "blocks")  # the second is the long one
@@ -127,6 +133,8 @@ def _layers_at(model: Any, stream: str) -> tuple[nn.Module, str]:
 @torch.no_grad()
 def memory(model: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return what the decoder's cross-attention reads, ``[B, S, D]``."""
+    if is_blip(model):
+        return _blip_memory(model, tensors)
     start = torch.zeros(len(tensors["pixel_values"]), 1, dtype=torch.long)
     found = model(**inputs(model, tensors), decoder_input_ids=start).encoder_last_hidden_state
     return model.enc_to_dec_proj(found) if hasattr(model, "enc_to_dec_proj") else found
@@ -156,7 +164,12 @@ def generate(
     model: Any, tensors: Mapping[str, Tensor], depths: Mapping[str, int] | None = None, **settings: Any
 ) -> Tensor:
     """Return the model's own ``generate``, greedy if nothing else is asked; ``depths`` as in ``inputs``."""
-    return model.generate(**inputs(model, tensors, depths), **{"num_beams": 1, "do_sample": False} | settings)
+    how = {"num_beams": 1, "do_sample": False} | settings
+    return (_blip_generate if is_blip(model) else _generate)(model, inputs(model, tensors, depths), **how)
+
+
+def _generate(model: Any, given: Mapping[str, Any], **settings: Any) -> Tensor:
+    return model.generate(**given, **settings)
 
 
 def truncated_generate(model: Any, tensors: Mapping[str, Tensor], stream: str, depth: int, **settings: Any) -> Tensor:
@@ -175,8 +188,70 @@ def decoder_states(model: Any, tensors: Mapping[str, Tensor], ids_BT: Tensor) ->
     if (coca := getattr(model, "coca", None)) is not None:
         return _coca_states(model, coca, tensors, ids_BT)
     with torch.no_grad():
-        out = model(**inputs(model, tensors), decoder_input_ids=ids_BT, output_hidden_states=True)
+        out = forward(model, inputs(model, tensors), ids_BT, output_hidden_states=True)
+        if is_blip(model):
+            return [*out.hidden_states[:-1], final_norm(model)(out.hidden_states[-1])], out.logits
     return list(out.decoder_hidden_states), out.logits
+
+
+def forward(model: Any, given: Mapping[str, Any], ids_BT: Tensor, **settings: Any) -> Any:
+    """Return what the model's own ``forward`` says of decoder tokens; of BLIP, whose output says less, its decoder's.
+
+    Questions are asked alone, for the decoder would read their padding whatever the mask.
+    """
+    if not is_blip(model):
+        return model(**given, decoder_input_ids=ids_BT, **settings)
+    if not isinstance(model, BlipForQuestionAnswering):
+        return model.text_decoder(ids_BT, encoder_hidden_states=_blip_memory(model, given), **settings)
+    alone = [
+        model.text_decoder(ids_BT[[row]], encoder_hidden_states=_blip_memory(model, one), **settings)
+        for row, one in enumerate(_questions(given))
+    ]
+    states = zip(*(out.hidden_states for out in alone), strict=True) if settings else ()
+    return SimpleNamespace(logits=torch.cat([out.logits for out in alone]), hidden_states=[*map(torch.cat, states)])
+
+
+def _questions(given: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    """Return each row without the padding of its question."""
+    pixels, ids = given["pixel_values"], given["input_ids"]
+    valid = given.get("attention_mask", torch.ones_like(ids)).bool()
+    return [{"pixel_values": pixels[[row]], "input_ids": ids[[row]][:, valid[row]]} for row in range(len(ids))]
+
+
+def is_blip(model: nn.Module) -> bool:
+    """Return whether it captions or answers questions as BLIP does."""
+    return isinstance(model, (BlipForConditionalGeneration, BlipForQuestionAnswering))
+
+
+def _blip_memory(model: Any, given: Mapping[str, Any]) -> Tensor:
+    """Return the picture's states, or the question's."""
+    image_BSD = model.vision_model(given["pixel_values"]).last_hidden_state
+    if not isinstance(model, BlipForQuestionAnswering):
+        return image_BSD
+    return model.text_encoder(given["input_ids"], encoder_hidden_states=image_BSD).last_hidden_state
+
+
+def _blip_generate(
+    model: Any, given: Mapping[str, Any], decoder_input_ids: Tensor | None = None, **settings: Any
+) -> Tensor:
+    """Of a caption the prompt is ``input_ids`` but the last; questions are asked alone, for padding would be read."""
+    text = model.config.text_config
+    if not isinstance(model, BlipForQuestionAnswering):
+        if decoder_input_ids is not None:
+            end_B1 = torch.full_like(decoder_input_ids[:, :1], text.sep_token_id)
+            settings["input_ids"] = torch.cat([decoder_input_ids, end_B1], 1)
+        return model.generate(given["pixel_values"], **settings)
+    allowed, answers = settings.pop("prefix_allowed_tokens_fn", None), []
+    for row, one in enumerate(_questions(given)):
+        if allowed is not None:
+            settings["prefix_allowed_tokens_fn"] = lambda _, ids, row=row: allowed(row, ids)
+        if decoder_input_ids is None:
+            answers.append(model.generate(**one, **settings)[0])
+            continue
+        ids = {"eos_token_id": text.sep_token_id, "pad_token_id": text.pad_token_id}
+        read = {"input_ids": decoder_input_ids[[row]], "encoder_hidden_states": memory(model, one)}
+        answers.append(model.text_decoder.generate(**read, **ids, **settings)[0])
+    return pad_sequence(answers, batch_first=True, padding_value=text.pad_token_id)
 
 
 @torch.no_grad()
@@ -202,11 +277,21 @@ def suppressed(model: Any, logits: Tensor) -> Tensor:
 
 
 def final_norm(model: Any) -> nn.Module:
-    """Return what the decoder applies after its last layer: mBART's or GPT-2's norm, nothing for BART and TrOCR."""
+    """Return what the decoder applies after its last layer: mBART's or GPT-2's norm, nothing for BART and TrOCR.
+
+    BLIP has a transform there.
+    """
+    if is_blip(model):
+        return model.text_decoder.cls.predictions.transform
     if (coca := getattr(model, "coca", None)) is not None:
         return coca.text_decoder.ln_final
     norms = [getattr(decoder(model), name, None) for name in ("layer_norm", "ln_f")]
     return next((norm for norm in norms if norm is not None), nn.Identity())
+
+
+def head(model: Any) -> nn.Module:
+    """Return the vocabulary head of a model of transformers."""
+    return (model.text_decoder if is_blip(model) else model).get_output_embeddings()
 
 
 def exit_logits(model: Any, layer: int, h_BTD: Tensor) -> Tensor:
@@ -214,5 +299,5 @@ def exit_logits(model: Any, layer: int, h_BTD: Tensor) -> Tensor:
     with torch.no_grad():
         normed = final_norm(model)(attached(model).adapters[f"decoder_{layer}"](h_BTD))
         if (coca := getattr(model, "coca", None)) is None:
-            return model.get_output_embeddings()(normed)
+            return head(model)(normed)
         return normed @ coca.text_decoder.text_projection

@@ -32,8 +32,8 @@ def test_an_oracle_leaves_at_the_first_exit_that_says_the_last_layers_token(name
     for row in range(ROWS):
         one, given = alone(tensors, row)
         del one["decoder_prompt"]
-        settings = {"num_beams": 1, "do_sample": False, "prefix_allowed_tokens_fn": lambda _row, _ids: CLOSED.tolist()}
-        whole = model.generate(**reference.inputs(model, one), decoder_input_ids=given, **settings)
+        settings = {"prefix_allowed_tokens_fn": lambda _row, _ids: CLOSED.tolist()}
+        whole = reference.generate(model, one, decoder_input_ids=given, **settings)
         states, _ = reference.decoder_states(model, one, whole[:, :-1])
         logits = {k: reference.exit_logits(model, k, states[k])[0, LENGTHS[row] :] for k in layers}
         said = {k: CLOSED[at[:, CLOSED].argmax(-1)] for k, at in logits.items()}

@@ -59,19 +59,22 @@ def tiny_florence2(text_model: str = "bart") -> nn.Module:
     )
 
 
-def florence2_inputs(batch: int, seed: int = 0, prompt: int = 6) -> dict[str, Tensor]:
-    """Pictures of 64 x 64 (so 4 + 1 image tokens) and prompts of random lengths, padded on the right."""
+def prompted_inputs(batch: int, seed: int = 0, prompt: int = 6, image_tokens: int = 0) -> dict[str, Tensor]:
+    """Pictures of 64 x 64 and prompts of random lengths, padded on the right."""
     g = torch.Generator().manual_seed(seed)
-    length = IMAGE_TOKENS + prompt
+    length = image_tokens + prompt
     ids = torch.randint(5, VOCABULARY, (batch, length), generator=g)
-    ids[:, :IMAGE_TOKENS] = 4
+    ids[:, :image_tokens] = 4
     mask = torch.ones_like(ids)
     for row in range(1, batch):
         short = int(torch.randint(2, prompt + 1, (1,), generator=g))
-        ids[row, IMAGE_TOKENS + short :] = PAD
-        mask[row, IMAGE_TOKENS + short :] = 0
+        ids[row, image_tokens + short :] = PAD
+        mask[row, image_tokens + short :] = 0
     pixels = torch.randn(batch, 3, 64, 64, generator=g)
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask}
+
+
+florence2_inputs = partial(prompted_inputs, image_tokens=IMAGE_TOKENS)  # 4 + 1
 
 
 def tiny_coca() -> nn.Module:
@@ -149,6 +152,28 @@ def tiny_donut() -> nn.Module:
     return tiny_captioner({"model_type": "donut-swin", **swin, **still}, {"model_type": "mbart", **BART})
 
 
+def tiny_blip(architecture: str = "BlipForConditionalGeneration") -> nn.Module:
+    """Its decoder's end is the separator, not the end token; attention must not drown the tokens."""
+    ids = {"bos_token_id": START, "sep_token_id": END, "eos_token_id": 1, "pad_token_id": PAD}
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.3}
+    text = {"vocab_size": VOCABULARY, "num_hidden_layers": 5, "max_position_embeddings": 64}
+    model: Any = build_backbone(
+        {
+            "model_type": "blip",
+            "architectures": [architecture],
+            "vision_config": {**shape, "image_size": 64, "patch_size": 16, "num_hidden_layers": 4},
+            "text_config": {**shape, **ids, **text},
+            "generation_config": {"max_new_tokens": 12},
+            "position_std": 1.0,
+        }
+    )
+    with torch.no_grad():
+        for layer in model.text_decoder.bert.encoder.layer:
+            layer.attention.output.dense.weight *= 0.15
+            layer.crossattention.output.dense.weight *= 0.15
+    return model
+
+
 def picture_inputs(batch: int, seed: int = 0, prompt: int = 0) -> dict[str, Tensor]:
     """Pictures alone: an encoder that reads prompts there is none."""
     del prompt
@@ -180,6 +205,12 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tens
     "trocr": (tiny_trocr, picture_inputs, {"vision": [1, 3], "decoder": [1, 2, 4]}),
     "vit_gpt2": (tiny_vit_gpt2, picture_inputs, {"vision": [1, 3], "decoder": [2, 3, 4]}),
     "donut": (tiny_donut, picture_inputs, {"vision": [1, 3], "decoder": [1, 2, 4]}),
+    "blip": (tiny_blip, picture_inputs, {"vision": [1, 3], "decoder": [1, 2, 4]}),
+    "blip_vqa": (
+        partial(tiny_blip, "BlipForQuestionAnswering"),
+        prompted_inputs,
+        {"vision": [1, 3], "encoder": [1, 2, 3], "decoder": [1, 2, 4]},
+    ),
 }
 """Name -> model, inputs, and what its ``ExitConfig`` says."""
 

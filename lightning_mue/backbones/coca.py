@@ -6,7 +6,7 @@ A layer of that half is two of open_clip's blocks: self-attention and MLP, cross
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_mue.backbones.coca_contrast import CoCaContrast
 from lightning_mue.backbones.coca_model import CoCaForConditionalGeneration, check_towers
-from lightning_mue.backbones.generation import build_processors, generate_as_asked, read_settings
+from lightning_mue.backbones.generating import GeneratingView
+from lightning_mue.backbones.generation import read_settings
 from lightning_mue.backbones.pieces import LayerPieces, coca_pieces
 from lightning_mue.backbones.stream import (
     DecodeSettings,
@@ -27,7 +28,6 @@ from lightning_mue.backbones.stream import (
     LayerKV,
     Outputs,
     StreamState,
-    TokenProcessor,
 )
 
 
@@ -172,17 +172,15 @@ class CoCaDecoderStream:
         return x_BHTd.transpose(1, 2).flatten(2)
 
 
-class CoCaView:
+class CoCaView(GeneratingView):
     """An open_clip ``CoCa``, or its `CoCaForConditionalGeneration`, seen as streams; owns no weights.
 
     Args:
         model: either.
     """
 
-    generate_inputs = ("pixel_values", "decoder_prompt")
-
     def __init__(self, model: CoCa | CoCaForConditionalGeneration) -> None:
-        self.model = model
+        super().__init__(model)
         self.coca: CoCa = model.coca if isinstance(model, CoCaForConditionalGeneration) else model
         check_towers(self.coca)
         self.encoders = (ViTStream(self.coca),)
@@ -195,31 +193,18 @@ class CoCaView:
             return self.model
         return CoCaForConditionalGeneration.wrap(self.model)
 
-    def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
-        """Transformers' ``generate`` over CoCa's own forward, all of it anew at every step: upstream has no cache."""
-        given = {name: inputs[name] for name in self.generate_inputs if inputs.get(name) is not None}
-        return generate_as_asked(self._shell.generate, given, self.decode_settings, settings)
-
     def memory(self, done: Outputs) -> Tensor:
         """The image tokens."""
         return done["vision"]
-
-    def memory_mask(self, inputs: Inputs) -> Tensor | None:
-        """All image tokens are read."""
-        return None
 
     def decode_settings(self, max_new_tokens: int | None) -> DecodeSettings:
         """Read the generation config: the shell's, which a CoCa alone gets as open_clip's tokenizer would have it."""
         return read_settings(self._shell.generation_config, max_new_tokens)
 
-    def token_processors(
-        self,
-        settings: DecodeSettings,
-        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None,
-        prompts: Sequence[Sequence[int]],
-    ) -> list[TokenProcessor]:
-        """Transformers' own logits processors."""
-        return build_processors(settings, prefix_allowed_tokens_fn, prompts)
+    def _generate(self, **inputs_and_settings: Any) -> Tensor:
+        """Transformers' ``generate`` over CoCa's own forward, all of it anew at every step: upstream has no cache."""
+        ids: Tensor = self._shell.generate(**inputs_and_settings)
+        return ids
 
 
 class _Block(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,18 +10,16 @@ from transformers import Florence2ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_mue.backbones.bart import BartDecoderStream
-from lightning_mue.backbones.generation import build_processors, generate_as_asked, read_settings
+from lightning_mue.backbones.generating import GeneratingView
 from lightning_mue.backbones.joint import JointEncoderStream
 from lightning_mue.backbones.modality import modality_order, modality_streams
 from lightning_mue.backbones.stream import (
-    DecodeSettings,
     EncoderKind,
     EncoderStream,
     Inputs,
     LayerCall,
     Outputs,
     StreamState,
-    TokenProcessor,
     additive_mask,
 )
 
@@ -76,7 +73,7 @@ class DaViTStream:
         return self._projector(h_BCHW)
 
 
-class Florence2View:
+class Florence2View(GeneratingView):
     """``Florence2ForConditionalGeneration`` seen as streams; owns no weights.
 
     Args:
@@ -88,24 +85,20 @@ class Florence2View:
     contrastive = None
 
     def __init__(self, model: Florence2ForConditionalGeneration, encoder: EncoderKind = "joint") -> None:
-        self.model, self._kind = model, encoder
+        super().__init__(model)
+        self._kind = encoder
         text: tuple[EncoderStream, ...] = (JointEncoderStream(model.model),)
         if encoder != "joint":
             text = modality_streams(model.model, encoder)
         self.encoders: tuple[EncoderStream, ...] = (DaViTStream(model), *text)
         self.decoder = BartDecoderStream(model.model.language_model.decoder, model.lm_head)
 
-    def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
-        """Transformers' own ``generate``; of the decomposed encoder's memory where there is one."""
-        given = {name: inputs[name] for name in self.generate_inputs if inputs.get(name) is not None}
-        return generate_as_asked(self._generate, given, self.decode_settings, settings)
-
     def _generate(self, **inputs_and_settings: Any) -> Tensor:
+        """Transformers' own ``generate``; of the decomposed encoder's memory where there is one."""
         given = {k: v for k, v in inputs_and_settings.items() if k in self.generate_inputs}
         settings = {k: v for k, v in inputs_and_settings.items() if k not in given}
-        model: Any = self.model
         if self._kind == "joint":
-            return model.generate(**given, **settings)
+            return super()._generate(**given, **settings)
         done: dict[str, Tensor] = {}
         for stream in self.encoders:
             state = stream.prologue(given, done)
@@ -116,7 +109,7 @@ class Florence2View:
         shape = memory_BSD.shape[:2]
         valid_BS = memory_BSD.new_ones(shape, dtype=torch.long) if hidden is None else (hidden[:, 0, 0] == 0).long()
         encoder_outputs = BaseModelOutput(last_hidden_state=memory_BSD)
-        return model.generate(encoder_outputs=encoder_outputs, attention_mask=valid_BS, **settings)
+        return super()._generate(encoder_outputs=encoder_outputs, attention_mask=valid_BS, **settings)
 
     def memory(self, done: Outputs) -> Tensor:
         """The encoder's states, or those of both modalities."""
@@ -130,19 +123,6 @@ class Florence2View:
         if self._kind != "joint":
             valid = valid.gather(1, modality_order(inputs, self.model.config.image_token_id))
         return additive_mask(valid.bool(), self.model.lm_head.weight.dtype)
-
-    def decode_settings(self, max_new_tokens: int | None) -> DecodeSettings:
-        """Read ``model.generation_config``."""
-        return read_settings(self.model.generation_config, max_new_tokens)
-
-    def token_processors(
-        self,
-        settings: DecodeSettings,
-        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None,
-        prompts: Sequence[Sequence[int]],
-    ) -> list[TokenProcessor]:
-        """Transformers' own logits processors."""
-        return build_processors(settings, prefix_allowed_tokens_fn, prompts)
 
 
 class _Block(nn.Module):

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForVisualQuestionAnswering,
+    BlipForConditionalGeneration,
+    BlipForQuestionAnswering,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -31,13 +39,14 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
         source: a module (returned as it is; open_clip's CoCa inside the shell that gives it a config); a folder or hub
             name (``from_pretrained``); ``open_clip:`` and one of open_clip's own CoCas, such as
             ``open_clip:coca_ViT-B-32`` (random weights) or ``open_clip:coca_ViT-B-32:laion2b_s13b_b90k``; or a config
-            as a mapping with ``model_type`` (random weights). A ``generation_config`` entry of the mapping becomes the
-            model's; ``position_std`` is the standard deviation of learned position embeddings. (The configs' own is
+            as a mapping with ``model_type`` (random weights). BLIP captions, or answers questions where the config's
+            ``architectures`` are ``[BlipForQuestionAnswering]``. A ``generation_config`` entry of the mapping becomes
+            the model's; ``position_std`` is the standard deviation of learned position embeddings. (The configs' own is
             that of all weights, some 0.02; beside normed image features of 1 the model then hardly knows where things
             are.)
 
     Raises:
-        ValueError: a mapping without ``model_type``.
+        ValueError: a mapping without ``model_type``, or a BLIP that neither captions nor answers.
     """
     if isinstance(source, nn.Module):
         return _shell().wrap(source) if type(source).__name__ == "CoCa" else source
@@ -47,16 +56,19 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
         if (config := Path(source, "config.json")).is_file() and _COCA in config.read_text(encoding="utf-8"):
             _shell()
         # What is kept in float16 does not train in it; transformers loads into eval mode, which Lightning would keep.
-        return _ready(AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).train())
+        auto = _auto_class(AutoConfig.from_pretrained(source))
+        return _ready(auto.from_pretrained(source, dtype=torch.float32).train())
     settings = dict(source)
     if "model_type" not in settings:
         raise ValueError(f"A backbone config needs `model_type` (such as 'florence2'), got the keys {sorted(settings)}")
     if settings["model_type"] == _COCA:
         _shell()
     generation, position_std = settings.pop("generation_config", None), settings.pop("position_std", None)
-    model: Any = _ready(AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings)))
+    described = AutoConfig.for_model(**settings)
+    model: Any = _auto_class(described).from_config(described)
     if generation:
         model.generation_config = GenerationConfig(**generation)
+    model = _ready(model)
     if position_std is not None:
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding) and "position" in name:
@@ -64,12 +76,35 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _ready(model: nn.Module) -> nn.Module:
-    """Let what is never read not learn: distributed training would wait for its gradients."""
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that makes the model; of BLIP a config alone does not say which is meant."""
+    named = (config.architectures or [])[:1] if config.model_type == "blip" else []
+    if named == [BlipForQuestionAnswering.__name__]:
+        return AutoModelForVisualQuestionAnswering
+    if named not in ([], [BlipForConditionalGeneration.__name__]):
+        raise ValueError(
+            f"BLIP's `architectures` must be [{BlipForConditionalGeneration.__name__}] or "
+            f"[{BlipForQuestionAnswering.__name__}], got {named}; others have no decoder that answers."
+        )
+    return AutoModelForImageTextToText
+
+
+def _ready(model: Any) -> nn.Module:
+    """Let what is never read not learn, for distributed training would wait for its gradients.
+
+    BLIP's ``generate`` obeys the generation config of its decoder, which no folder keeps: let it be the model's.
+    """
     for name, parameter in model.named_parameters():
         if name.startswith(_UNREAD):
             parameter.requires_grad_(False)
-    return model
+    if (decoder := _blip_decoder(model)) is not None:
+        decoder.generation_config = model.generation_config
+    ready: nn.Module = model
+    return ready
+
+
+def _blip_decoder(model: Any) -> Any | None:
+    return model.text_decoder if isinstance(model, (BlipForConditionalGeneration, BlipForQuestionAnswering)) else None
 
 
 def _open_clip(name: str) -> nn.Module:
@@ -99,8 +134,15 @@ def backbone_config(model: Any) -> dict[str, Any]:
             "`lightning_mue.backbones.build_backbone` first, and attach exits to what it returns."
         )
     config: PreTrainedConfig = model.config
-    own = {name: value for name, value in config.to_diff_dict().items() if name != EXITS}
-    return own | {"model_type": config.model_type, "generation_config": model.generation_config.to_diff_dict()}
+    decoder = _blip_decoder(model)
+    found = {name: value for name, value in config.to_diff_dict().items() if name != EXITS} | {
+        "model_type": config.model_type,
+        "generation_config": (model if decoder is None else decoder).generation_config.to_diff_dict(),
+    }
+    if decoder is not None:
+        answers = isinstance(model, BlipForQuestionAnswering)
+        found["architectures"] = [(BlipForQuestionAnswering if answers else BlipForConditionalGeneration).__name__]
+    return found
 
 
 def read_weights(source: str, prefix: str) -> dict[str, torch.Tensor]:

@@ -44,12 +44,25 @@ def bart_pieces(layer: Any, heads: int, prenorm: bool) -> LayerPieces:
     after, last = (nn.Identity(), layer.final_layer_norm)
     if prenorm:
         before, inside, between, outside, after, last = inside, before, outside, between, last, after
-    cross, mlp = layer.encoder_attn, nn.Sequential(layer.fc1, layer.activation_fn, layer.fc2)
+    own, cross = layer.self_attn, layer.encoder_attn
+    mlp = nn.Sequential(layer.fc1, layer.activation_fn, layer.fc2)
     return LayerPieces(
-        _Before(before, layer.self_attn),
-        _Between(layer.self_attn.out_proj, inside, between, cross.q_proj, cross.scaling),
+        _Before(before, own.q_proj, own.k_proj, own.v_proj, own.scaling),
+        _Between(own.out_proj, inside, between, cross.q_proj, cross.scaling),
         _After(cross.out_proj, outside, after, mlp, last),
-        _Memory(cross, heads),
+        _Memory(cross.k_proj, cross.v_proj, heads),
+    )
+
+
+def blip_pieces(layer: Any, heads: int) -> LayerPieces:
+    """Return the pieces of a ``BlipTextLayer`` with cross-attention, which is post-norm."""
+    own, cross, nothing = layer.attention, layer.crossattention, nn.Identity()
+    scale, mlp = own.self.attention_head_size**-0.5, nn.Sequential(layer.intermediate, layer.output.dense)
+    return LayerPieces(
+        _Before(nothing, own.self.query, own.self.key, own.self.value, scale),
+        _Between(own.output.dense, own.output.LayerNorm, nothing, cross.self.query, scale),
+        _After(cross.output.dense, cross.output.LayerNorm, nothing, mlp, layer.output.LayerNorm),
+        _Memory(cross.self.key, cross.self.value, heads),
     )
 
 
@@ -74,10 +87,9 @@ def coca_pieces(block: Any, cross: Any | None, heads: int) -> LayerPieces:
 
 
 class _Before(nn.Module):
-    def __init__(self, norm: nn.Module, attention: Any) -> None:
+    def __init__(self, norm: nn.Module, query: nn.Module, key: nn.Module, value: nn.Module, scale: float) -> None:
         super().__init__()
-        self.norm, self.scale = norm, attention.scaling
-        self.query, self.key, self.value = attention.q_proj, attention.k_proj, attention.v_proj
+        self.norm, self.query, self.key, self.value, self.scale = norm, query, key, value, scale
 
     def forward(self, h_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_ND = self.norm(h_ND)
@@ -106,9 +118,9 @@ class _After(nn.Module):
 
 
 class _Memory(nn.Module):
-    def __init__(self, attention: Any, heads: int) -> None:
+    def __init__(self, key: nn.Module, value: nn.Module, heads: int) -> None:
         super().__init__()
-        self.key, self.value, self.heads = attention.k_proj, attention.v_proj, heads
+        self.key, self.value, self.heads = key, value, heads
 
     def forward(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         shape, flat_ND = (*memory_BSD.shape[:2], self.heads, -1), memory_BSD.flatten(0, 1)

@@ -209,6 +209,9 @@ class Backbone(Protocol):
     def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
         """Return the ids of the model library's own ``generate``, as a baseline."""
 
+    def read_call(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a call of the model's own ``forward`` under our names: ``labels`` are the answer's tokens alone."""
+
     def memory(self, done: Outputs) -> Tensor:
         """Return what the decoder reads, ``[B, S, D]``."""
 

@@ -6,8 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import Florence2ForConditionalGeneration, VisionEncoderDecoderModel
+from transformers import (
+    BlipForConditionalGeneration,
+    BlipForQuestionAnswering,
+    Florence2ForConditionalGeneration,
+    VisionEncoderDecoderModel,
+)
 
+from lightning_mue.backbones.blip import BlipView
 from lightning_mue.backbones.florence2 import Florence2View
 from lightning_mue.backbones.stream import Backbone, EncoderKind
 from lightning_mue.backbones.vision_encoder_decoder import VisionEncoderDecoderView
@@ -54,11 +60,13 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
         return Florence2View(model, encoder or (exits.encoder if exits is not None else "joint"))
     if isinstance(model, VisionEncoderDecoderModel):
         return VisionEncoderDecoderView(model)
+    if isinstance(model, (BlipForConditionalGeneration, BlipForQuestionAnswering)):
+        return BlipView(model)
     if type(model).__name__ in ("CoCa", "CoCaForConditionalGeneration"):
         from lightning_mue.backbones.coca import CoCaView  # open_clip takes seconds to import
 
         return CoCaView(model)
     raise TypeError(
         f"{type(model).__name__} has no view; supported: Florence2ForConditionalGeneration, VisionEncoderDecoderModel, "
-        "open_clip's CoCa, and what `register_view` names."
+        "BlipForConditionalGeneration, BlipForQuestionAnswering, open_clip's CoCa, and what `register_view` names."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     BartForCausalLM,
     DeiTModel,
@@ -19,35 +19,9 @@ from transformers import (
 from lightning_mue.backbones.bart import BartDecoderStream
 from lightning_mue.backbones.gpt2 import GPT2DecoderStream
 from lightning_mue.backbones.plain_view import PlainView
-from lightning_mue.backbones.stream import EncoderStream, Inputs, LayerCall, Outputs, StreamState
+from lightning_mue.backbones.stream import EncoderStream, Outputs
 from lightning_mue.backbones.swin import SwinStream
-
-
-class ViTStream:
-    """The layers of a ``ViTModel`` or ``DeiTModel``; its final norm is the epilogue, its pooler is not read."""
-
-    name = "vision"
-
-    def __init__(self, encoder: Any) -> None:
-        self._encoder = encoder
-        self.num_layers, self.width = len(encoder.layers), encoder.config.hidden_size
-
-    def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
-        """Patches, class tokens and positions."""
-        embeddings = self._encoder.embeddings
-        return StreamState(embeddings(inputs["pixel_values"].to(embeddings.patch_embeddings.projection.weight.dtype)))
-
-    def call(self, k: int, state: StreamState) -> LayerCall:
-        """One layer."""
-        return LayerCall(_Layer(self._encoder.layers[k - 1]), (state.h_BTD,), ((0, 1),))
-
-    def layer(self, k: int, state: StreamState) -> Tensor:
-        """Run one layer."""
-        return self._encoder.layers[k - 1](state.h_BTD)
-
-    def epilogue(self, state: StreamState) -> Tensor:
-        """The final norm: all tokens, those of the classes too, are the decoder's to read."""
-        return self._encoder.layernorm(state.h_BTD)
+from lightning_mue.backbones.vit import ViTStream
 
 
 class VisionEncoderDecoderView(PlainView):
@@ -69,9 +43,9 @@ class VisionEncoderDecoderView(PlainView):
         return done["vision"] if projection is None else projection(done["vision"])
 
 
-def _encoder_stream(encoder: nn.Module) -> EncoderStream:
+def _encoder_stream(encoder: Any) -> EncoderStream:
     if isinstance(encoder, (ViTModel, DeiTModel)):
-        return ViTStream(encoder)
+        return ViTStream(encoder.embeddings, encoder.layers, encoder.layernorm)  # its pooler is not read
     if isinstance(encoder, (SwinModel, DonutSwinModel)):
         return SwinStream(encoder)
     raise TypeError(
@@ -89,15 +63,3 @@ def _decoder_stream(decoder: Any) -> BartDecoderStream | GPT2DecoderStream:
         f"A VisionEncoderDecoderModel with {type(decoder).__name__} as its decoder has no view; supported: "
         "TrOCRForCausalLM, BartForCausalLM, MBartForCausalLM, GPT2LMHeadModel."
     )
-
-
-class _Layer(nn.Module):
-    """A layer whose input has the name that all streams' states have in a graph."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        result_BTD: Tensor = self.layer(h_BTD)
-        return result_BTD

@@ -31,6 +31,8 @@ SIGNALS = {
     "trocr": "similarity",
     "vit_gpt2": "gate",
     "donut": "gate",
+    "blip": "similarity",
+    "blip_vqa": "gate",
 }
 ALWAYS = {"similarity": -1.0, "gate": 0.0, "flat_similarity": -1.0, "static": 0.0}
 """Thresholds that every score reaches."""
@@ -38,7 +40,7 @@ ALWAYS = {"similarity": -1.0, "gate": 0.0, "flat_similarity": -1.0, "static": 0.
 
 def attentions(name, stream):
     """Return how many a layer has."""
-    return 2 if stream == "vision" and name.startswith("florence2") else 1
+    return 2 if (stream, name.split("_")[0]) in (("vision", "florence2"), ("encoder", "blip")) else 1
 
 
 def streams(name):

@@ -63,14 +63,8 @@ def test_prompts_of_several_lengths(name):
     for row in range(ROWS):
         one, given = alone(tensors, row)
         del one["decoder_prompt"]
-        ids = model.generate(
-            **reference.inputs(model, one),
-            decoder_input_ids=given,
-            num_beams=3,
-            do_sample=False,
-            early_stopping=False,
-            max_new_tokens=STEPS,
-        )[0, given.shape[1] :]
+        how = {"num_beams": 3, "early_stopping": False, "max_new_tokens": STEPS}
+        ids = reference.generate(model, one, decoder_input_ids=given, **how)[0, given.shape[1] :]
         assert found[row, 1 : 1 + len(ids)].tolist() == ids.tolist()
 
 

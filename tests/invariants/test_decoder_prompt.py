@@ -50,14 +50,7 @@ def reference_ids(model, tensors, row, **settings):
     """What transformers' ``generate`` answers to one row, without the prompt and with the start token."""
     one, given = alone(tensors, row)
     del one["decoder_prompt"]
-    ids = model.generate(
-        **reference.inputs(model, one),
-        decoder_input_ids=given,
-        num_beams=1,
-        do_sample=False,
-        max_new_tokens=STEPS,
-        **settings,
-    )
+    ids = reference.generate(model, one, decoder_input_ids=given, max_new_tokens=STEPS, **settings)
     return [zoo.START, *ids[0, given.shape[1] :].tolist()]
 
 

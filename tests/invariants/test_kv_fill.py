@@ -22,7 +22,7 @@ class OneRow:
     def __init__(self, model, tensors, fill, backlog):
         self.model, self.fill, self.backlog = model, fill, backlog
         self.decoder, self.memory = reference.decoder(model), reference.memory(model, tensors)
-        self.layers = self.decoder.h if hasattr(self.decoder, "h") else self.decoder.layers
+        self.layers = next(getattr(self.decoder, n) for n in ("h", "layer", "layers") if hasattr(self.decoder, n))
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         self.states = [[] for _ in range(len(self.layers) + 1)]
         self.pairs = self.filled = 0
@@ -39,6 +39,10 @@ class OneRow:
         decoder, token, position = self.decoder, torch.tensor([[token]]), len(self.states[0])
         if hasattr(decoder, "wte"):
             self.states[0].append(decoder.wte(token) + decoder.wpe.weight[position])
+            return
+        if reference.is_blip(self.model):
+            embeddings = self.model.text_decoder.bert.embeddings
+            self.states[0].append(embeddings(token, past_key_values_length=position))
             return
         h = decoder.embed_tokens(token) + decoder.embed_positions.weight[position + 2]
         self.states[0].append(decoder.layernorm_embedding(h))
@@ -62,7 +66,7 @@ class OneRow:
 
     def logits(self, depth, h):
         if depth == len(self.layers):
-            return self.model.get_output_embeddings()(reference.final_norm(self.model)(h))
+            return reference.head(self.model)(reference.final_norm(self.model)(h))
         return reference.exit_logits(self.model, depth, h)
 
     @torch.no_grad()

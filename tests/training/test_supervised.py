@@ -26,6 +26,10 @@ def upper_outputs(model):
     decoder = reference.decoder(model)
     if hasattr(decoder, "h"):
         return [part.c_proj for block in decoder.h[1:] for part in (block.mlp, block.attn, block.crossattention)]
+    if reference.is_blip(model):
+        return [
+            part.output.dense for layer in decoder.layer[1:] for part in (layer.attention, layer.crossattention, layer)
+        ]
     layers = decoder.layers[1:]
     return [part for layer in layers for part in (layer.fc2, layer.self_attn.out_proj, layer.encoder_attn.out_proj)]
 
