@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from lightning_mue.backbones import unwrapped
 from lightning_mue.inference.encode import encode
@@ -41,12 +41,14 @@ def enable(model: Any, policy: ExitPolicy, check_fingerprint: bool = True) -> En
         check_fingerprint: refuse a policy made for other weights.
 
     Raises:
-        TypeError: the model has no ``generate``.
+        TypeError: the model has no ``generate``, or, as BLIP, not that of all models.
         ValueError: the policy does not fit, or asks for what only an ExitEngine does.
     """
     model = unwrapped(model)
-    if not callable(getattr(type(model), "generate", None)):
-        raise TypeError(f"{type(model).__name__} has no `generate`; give the model of transformers itself.")
+    if getattr(type(model), "generate", None) is not GenerationMixin.generate:
+        raise TypeError(
+            f"{type(model).__name__} has no `generate` of transformers' own (BLIP writes another); use an ExitEngine."
+        )
     found, leaves = Enabled(), EarlyExit(policy, check_fingerprint=check_fingerprint)
     leaves.engine(model)  # what does not fit is refused now
     own = type(model).generate
