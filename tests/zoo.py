@@ -113,11 +113,11 @@ def tiny_coca() -> nn.Module:
     return model
 
 
-def tiny_captioner(encoder: dict[str, Any], decoder: dict[str, Any]) -> nn.Module:
-    """A ``VisionEncoderDecoderModel``."""
+def tiny_captioner(encoder: dict[str, Any], decoder: dict[str, Any], **more: Any) -> nn.Module:
+    """A ``VisionEncoderDecoderModel`` in which nothing that transformers begins at zero is zero."""
     ids = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END, "decoder_start_token_id": START}
     drawn = {"initializer_range": 0.3, "init_std": 0.3}
-    return build_backbone(
+    model = build_backbone(
         {
             "model_type": "vision-encoder-decoder",
             "encoder": {"image_size": 64, **drawn, **encoder},
@@ -125,8 +125,14 @@ def tiny_captioner(encoder: dict[str, Any], decoder: dict[str, Any]) -> nn.Modul
             "pad_token_id": PAD,
             "decoder_start_token_id": START,
             "generation_config": ids | {"max_new_tokens": 12},
+            **more,
         }
     )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("_token", "position_embeddings", "bias_table")):
+                parameter.normal_(std=0.3)
+    return model
 
 
 VIT = {"patch_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
@@ -149,7 +155,8 @@ def tiny_donut() -> nn.Module:
     """Windows are shifted in every second block of the long stage; the memory is projected to the decoder's width."""
     swin = {"patch_size": 4, "embed_dim": 12, "depths": [1, 4, 1], "num_heads": [2, 4, 4], "window_size": 4}
     still = {"drop_path_rate": 0.0, "initializer_range": 0.05}  # no norm ends the tower
-    return tiny_captioner({"model_type": "donut-swin", **swin, **still}, {"model_type": "mbart", **BART})
+    decoder = {"model_type": "mbart", **BART}
+    return tiny_captioner({"model_type": "donut-swin", **swin, **still}, decoder, position_std=1.0)
 
 
 def tiny_blip(architecture: str = "BlipForConditionalGeneration") -> nn.Module:
@@ -204,7 +211,7 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tens
     "coca": (tiny_coca, picture_inputs, {"vision": [1, 2, 3], "text": [1], "decoder": [3, 4, 5]}),
     "trocr": (tiny_trocr, picture_inputs, {"vision": [1, 3], "decoder": [1, 2, 4]}),
     "vit_gpt2": (tiny_vit_gpt2, picture_inputs, {"vision": [1, 3], "decoder": [2, 3, 4]}),
-    "donut": (tiny_donut, picture_inputs, {"vision": [1, 3], "decoder": [1, 2, 4]}),
+    "donut": (tiny_donut, picture_inputs, {"vision": [1, 3], "decoder": [2, 3, 4]}),
     "blip": (tiny_blip, picture_inputs, {"vision": [1, 3], "decoder": [1, 2, 4]}),
     "blip_vqa": (
         partial(tiny_blip, "BlipForQuestionAnswering"),
