@@ -1,9 +1,11 @@
 """``VisionEncoderDecoderModel``: parts that no model of the zoo has, what is refused, and what is never read."""
 
+import lightning as L
 import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, VisionEncoderDecoderModel, ViTConfig, ViTModel
 
+import lightning_mue as mue
 from lightning_mue.backbones import backbone_config, build_backbone, fingerprint, view
 from lightning_mue.exits import attached
 from lightning_mue.inference import ExitEngine
@@ -75,6 +77,45 @@ def test_all_that_learns_gets_a_gradient(name):
     labels = torch.randint(5, zoo.VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(3))
     objective(view(model), attached(model), tensors, labels, Step(), Supervision()).total.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+class Reader(L.LightningModule):
+    """A project whose model is one of these; it notes the losses that its steps see."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = zoo.make("trocr", exits=False), []
+
+    def training_step(self, batch, _index):
+        loss = self.net(pixel_values=batch["pixel_values"], labels=batch["labels"]).loss
+        self.seen.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("how", ["project", "module"])
+def test_exits_learn(how, tmp_path):
+    """In a project as it is, and from a config alone; a step has the objective's loss."""
+    torch.manual_seed(0)
+    labels = torch.randint(5, zoo.VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(3))
+    batch, exits = {**zoo.inputs("trocr", 2), "labels": labels}, {"vision": [2], "decoder": [1, 3], "gate": False}
+    if how == "project":
+        module = Reader()
+        callbacks = [mue.MultiExitSupervision("net", exits, early_probability=0.0)]
+    else:
+        module, callbacks = mue.MultiExitModule(backbone_config(zoo.make("trocr", exits=False)), exits), []
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(
+        max_steps=1, callbacks=callbacks, enable_checkpointing=False, default_root_dir=tmp_path, **quiet
+    )
+    trainer.fit(module, torch.utils.data.DataLoader([batch], batch_size=None))
+    if how == "module":
+        assert trainer.callback_metrics["train/loss"].isfinite()
+        return
+    found = supervise(view(module.net), attached(module.net), batch, labels, {}).results
+    assert module.seen == pytest.approx([sum(found[k].loss.item() for k in found) / 3 + found[5].loss.item()], rel=1e-4)
 
 
 def test_weights_that_are_never_read_are_no_part_of_the_fingerprint():
