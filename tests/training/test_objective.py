@@ -179,7 +179,7 @@ def test_own_labels_are_what_generate_gives(name):
     some = next(token for token in said.unique().tolist() if 0 < (said == token).any(1).sum() < len(said))
     model.generation_config.eos_token_id = ends = [some]  # so that rows end at different steps
     if reference.is_blip(model):
-        model.config.text_config.sep_token_id = ends
+        model.config.text_config.sep_token_id = some
     expected = reference.generate(model, tensors)[:, 1:].tolist()
     found = own_labels(view(model), {**tensors, "labels": None}).tolist()
     lengths = set()
