@@ -9,7 +9,7 @@ import copy
 import importlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -157,14 +157,14 @@ def _attaching_changes_nothing(subject: Subject) -> str:
         return f"weights are gone: {sorted(missing)[:3]}"
     if others := sorted(name for name in new if not name.startswith("mue_exits.")):
         return f"weights are new: {others[:3]}"
-    return _differ(after.tolist(), before.tolist(), "with exits", "without")
+    return _differ(subject, after.tolist(), before.tolist(), "with exits", "without")
 
 
 def _full_depth_is_the_models_own(subject: Subject) -> str:
     scored = {"return_dict_in_generate": True, "output_scores": True}
     own: Any = subject.backbone.generate(subject.inputs, num_beams=1, do_sample=False, max_new_tokens=TOKENS, **scored)
     if isinstance(own, Tensor):  # it gives no scores
-        return _differ(subject.full, own.tolist(), "the engine", "the view's `generate`")
+        return _differ(subject, subject.full, own.tolist(), "the engine", "the view's `generate`")
     out, executor = subject.run(ExitPolicy())
     for row, step in (out.exit_depths["decoder"] > 0).nonzero().tolist():
         with torch.inference_mode():
@@ -172,7 +172,7 @@ def _full_depth_is_the_models_own(subject: Subject) -> str:
         if not torch.allclose(found, own.scores[step][row], CLOSE, CLOSE):
             off = float((found - own.scores[step][row]).nan_to_num().abs().max())
             return f"the scores of row {row}, token {step} are off by {off:.2g} from the view's `generate`"
-    return _differ(subject.full, own.sequences.tolist(), "the engine", "the view's `generate`")
+    return _differ(subject, subject.full, own.sequences.tolist(), "the engine", "the view's `generate`")
 
 
 def _a_cache_changes_nothing(subject: Subject) -> str:
@@ -226,12 +226,12 @@ def _out_of_reach_is_full_depth(subject: Subject) -> str:
         for name, layers in subject.exits.layers.items()
         if name in num_layers(subject.backbone)
     }
-    return _differ(subject.tokens(ExitPolicy(rules)), subject.full, "thresholds out of reach", "full depth")
+    return _differ(subject, subject.tokens(ExitPolicy(rules)), subject.full, "thresholds out of reach", "full depth")
 
 
 def _drafts_lose_nothing(subject: Subject) -> str:
     policy = ExitPolicy({"decoder": ExitRule.static(subject.exits.layers["decoder"][0])}, verified=True)
-    return _differ(subject.tokens(policy), subject.full, "drafts that are verified", "full depth")
+    return _differ(subject, subject.tokens(policy), subject.full, "drafts that are verified", "full depth")
 
 
 def _graphs_say_the_same(subject: Subject) -> str:
@@ -239,7 +239,7 @@ def _graphs_say_the_same(subject: Subject) -> str:
         found = subject.tokens(_static(subject), runtime="onnxruntime")
     except ImportError as error:
         raise Unable(str(error)) from error
-    return _differ(found, subject.tokens(_static(subject)), "ONNX Runtime", "torch")
+    return _differ(subject, found, subject.tokens(_static(subject)), "ONNX Runtime", "torch")
 
 
 def _every_exit_learns(subject: Subject) -> str:
@@ -264,7 +264,7 @@ def _a_bundle_comes_back(subject: Subject) -> str:
     with TemporaryDirectory() as folder:
         freeze(subject.model, _static(subject), Path(folder, "bundle"))
         again = load(Path(folder, "bundle")).generate(TOKENS, **subject.inputs).sequences.tolist()
-    return _differ(again, subject.tokens(_static(subject)), "the bundle", "the model")
+    return _differ(subject, again, subject.tokens(_static(subject)), "the bundle", "the model")
 
 
 def _static(subject: Subject) -> ExitPolicy:
@@ -272,17 +272,16 @@ def _static(subject: Subject) -> ExitPolicy:
     return ExitPolicy({n: ExitRule.static(k[-1]) for n, k in subject.exits.layers.items() if n in passed})
 
 
-def _differ(found: list[list[int]], expected: list[list[int]], what: str, other: str) -> str:
-    rows = [row for row, pair in enumerate(zip(found, expected, strict=True)) if _cut(pair[0]) != _cut(pair[1])]
+def _differ(subject: Subject, found: list[list[int]], expected: list[list[int]], what: str, other: str) -> str:
+    ends, pairs = subject.backbone.decode_settings(None).end_ids, zip(found, expected, strict=True)
+    rows = [row for row, (one, two) in enumerate(pairs) if _cut(one, ends) != _cut(two, ends)]
     return f"row {rows[0]}: {what} says {found[rows[0]]}, {other} {expected[rows[0]]}" if rows else ""
 
 
-def _cut(row: list[int]) -> list[int]:
-    """Leave the padding at the end out, which depends on the longest row."""
-    end = len(row)
-    while end > 1 and row[end - 1] == row[end - 2]:
-        end -= 1
-    return row[:end]
+def _cut(row: list[int], ends: Sequence[int]) -> list[int]:
+    """Leave out what follows the end of an answer: padding, which depends on the longest row."""
+    end = next((i for i, token in enumerate(row) if i and token in ends), len(row))
+    return row[: end + 1]
 
 
 PROPERTIES: dict[str, Callable[[Subject], str]] = {

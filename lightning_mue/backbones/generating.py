@@ -50,5 +50,5 @@ class GeneratingView:
         return given
 
     def _generate(self, **inputs_and_settings: Any) -> Tensor:
-        ids: Tensor = self.model.generate(**inputs_and_settings)
+        ids: Tensor = type(self.model).generate(self.model, **inputs_and_settings)  # whatever is enabled
         return ids

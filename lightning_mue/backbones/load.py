@@ -18,6 +18,7 @@ from transformers import (
     BlipForQuestionAnswering,
     GenerationConfig,
     PreTrainedConfig,
+    VisionEncoderDecoderModel,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -89,13 +90,18 @@ def _auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText
 
 
+def _is_unread(model: Any, name: str) -> bool:
+    """Whether nothing reads these weights: a pooler that a VisionEncoderDecoderModel's tower has all the same."""
+    return isinstance(model, VisionEncoderDecoderModel) and name.startswith(_UNREAD)
+
+
 def _ready(model: Any) -> nn.Module:
     """Let what is never read not learn, for distributed training would wait for its gradients.
 
     BLIP's ``generate`` obeys the generation config of its decoder, which no folder keeps: let it be the model's.
     """
     for name, parameter in model.named_parameters():
-        if name.startswith(_UNREAD):
+        if _is_unread(model, name):
             parameter.requires_grad_(False)
     if (decoder := _blip_decoder(model)) is not None:
         decoder.generation_config = model.generation_config
@@ -152,10 +158,12 @@ def read_weights(source: str, prefix: str) -> dict[str, torch.Tensor]:
         ValueError: there are no safetensors.
     """
     files: list[str] = []
-    if (index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)) is not None:
+    if (whole := cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)) is not None:
+        files = [whole]  # as transformers does where an older index lies beside it
+    elif (
+        index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    ) is not None:
         files = get_checkpoint_shard_files(source, index)[0]
-    elif (whole := cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)) is not None:
-        files = [whole]
     if not files:
         raise ValueError(f"{source} holds no `{SAFE_WEIGHTS_NAME}`; save it again with `save_pretrained`.")
     found: dict[str, torch.Tensor] = {}
@@ -177,7 +185,7 @@ def fingerprint(model: nn.Module) -> str:
     if exits is not None and exits.encoder != "joint":
         digest.update(exits.encoder.encode())
     for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(_UNREAD):
+        if _is_unread(model, name):
             continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         for part in _parts(tensor):

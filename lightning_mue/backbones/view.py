@@ -36,9 +36,16 @@ def register_view(kind: type[nn.Module], make: Callable[[Any], Backbone]) -> Non
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside PEFT's wrapper, whose layers hold the adapters; or the model itself."""
-    is_wrapper = any(kind.__name__ == "PeftModel" for kind in type(model).__mro__)
-    return model.get_base_model() if is_wrapper else model
+    """Return the model inside PEFT's wrapper, whose layers hold the adapters; or the model itself.
+
+    Raises:
+        ValueError: the wrapper learns prompts, which nobody would read.
+    """
+    if not any(kind.__name__ == "PeftModel" for kind in type(model).__mro__):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError("PEFT's prompts are beside the model and not in its layers; LoRA and its like go on working.")
+    return model.get_base_model()
 
 
 def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
@@ -52,9 +59,9 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
         TypeError: the model's class, or that of one of its parts, has no view.
     """
     model = unwrapped(model)
-    for kind, make in _REGISTERED.items():
-        if isinstance(model, kind):
-            return make(model)
+    for kind in type(model).__mro__:
+        if kind in _REGISTERED:
+            return _REGISTERED[kind](model)
     if isinstance(model, Florence2ForConditionalGeneration):
         exits: Any = getattr(model, EXITS, None)
         return Florence2View(model, encoder or (exits.encoder if exits is not None else "joint"))

@@ -110,6 +110,11 @@ class MultiExitSupervision(L.Callback):
         check_same(self.exits, exits, f"MultiExitSupervision({self.model!r})")
         backbone = view(model)
         check_contrast(self.supervision, backbone, exits)
+        if not computes_loss(model) and backbone.contrastive is None:
+            raise ValueError(
+                f"The `forward` of {type(model).__name__} takes no `labels` and returns no `loss`; train it by "
+                "`lightning_mue.MultiExitModule`, or give it both."
+            )
         if self.supervision.propagate and not computes_loss(model):
             raise ValueError(
                 "`propagate` replaces a step's whole loss, and this project computes its own; set it to 0."

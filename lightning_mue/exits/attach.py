@@ -131,7 +131,7 @@ def attach_exits(model: nn.Module, config: ExitConfig | Mapping[str, Any]) -> Ex
     exits = Exits(config, widths, backbone.decoder.vocab_size).to(device=like.device, dtype=like.dtype)
     exits.train(model.training)
     model.add_module(EXITS, exits)
-    if hasattr(model, "config"):  # which `save_pretrained` writes
+    if hasattr(getattr(model, "config", None), "to_diff_dict"):  # transformers' own, which `save_pretrained` writes
         setattr(model.config, EXITS, config.to_dict())
     return exits
 
@@ -152,8 +152,8 @@ def detach_exits(model: nn.Module) -> Exits:
     if exits is None:
         raise ValueError("No exits are attached.")
     delattr(model, EXITS)
-    if hasattr(model, "config"):
-        delattr(model.config, EXITS)
+    if hasattr(getattr(model, "config", None), "to_diff_dict"):
+        vars(model.config).pop(EXITS, None)
     return exits
 
 

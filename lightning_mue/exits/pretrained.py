@@ -11,7 +11,7 @@ from lightning_mue.exits.exits_file import SCHEMA, unpack_exits
 
 
 def from_pretrained(source: str | os.PathLike[str]) -> nn.Module:
-    """Return a model with the exits that it had at ``model.save_pretrained(source)``.
+    """Return a model with the exits that it had at ``model.save_pretrained(source)``, in float32, in train mode.
 
     transformers' own ``from_pretrained`` reads the same folder, without exits.
 
@@ -23,12 +23,12 @@ def from_pretrained(source: str | os.PathLike[str]) -> nn.Module:
     """
     source = str(source)
     model = build_backbone(source)
-    config = getattr(model.config, EXITS, None)
-    if config is None:
+    config, weights = getattr(model.config, EXITS, None), read_weights(source, f"{EXITS}.")
+    if config is None or not weights:
         raise ValueError(
-            f"{source} names no exits: it was saved without, or by an older version. Load it with transformers, and "
+            f"{source} holds no exits: it was saved without, or by an older version. Load it with transformers, and "
             "attach exits (`attach_exits`) or load them (`load_exits`)."
         )
-    packed = {"schema": SCHEMA, "exits": config, "weights": read_weights(source, f"{EXITS}.")}
+    packed = {"schema": SCHEMA, "exits": config, "weights": weights}
     unpack_exits(model, packed, source)
     return model

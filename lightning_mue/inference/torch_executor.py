@@ -107,7 +107,8 @@ class TorchExecutor:
             mask = causal_mask(first, last, h_RmD.dtype, h_RmD.device)
             memory_mask = None if self._memory_mask is None else self._memory_mask[self._samples(rows)]
             kv = _RowsKV(self, layer, rows, first, last)
-            self.states[layer][new] = self._decoder.cached_layer(layer, h_RmD, kv, mask, memory_mask)
+            left_RmD = self._decoder.cached_layer(layer, h_RmD, kv, mask, memory_mask)
+            self.states[layer][new] = left_RmD.to(self.states.dtype)  # under autocast layers give less
 
     def fill(self, mode: str, layer: int, rows: Sequence[int], first: int, last: int) -> None:
         """Pass states up one layer and project them there (``propagate``), or copy the K/V of the layer below."""
@@ -285,7 +286,7 @@ class _RowsKV:
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         for buffer_BHTd, new_RHmd in zip(self._kv, (key, value), strict=True):
-            buffer_BHTd.transpose(1, 2)[self._new] = new_RHmd.transpose(1, 2)
+            buffer_BHTd.transpose(1, 2)[self._new] = new_RHmd.transpose(1, 2).to(buffer_BHTd.dtype)
         keys, values = (buffer_BHTd.transpose(1, 2)[self._seen].transpose(1, 2) for buffer_BHTd in self._kv)
         return keys, values
 

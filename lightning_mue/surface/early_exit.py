@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from threading import RLock
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
@@ -42,12 +43,16 @@ class EarlyExit:
     """A ``custom_generate`` of transformers: the decoder obeys a policy; the encoder ran before, at full depth.
 
     Everything else is transformers' own: greedy, sampling, beams, ``num_return_sequences``, processors, criteria.
-    Signals that read logits see them after the processors, but before what bends a distribution to draw from.
+    Signals that read logits see them after the processors, but before what bends a distribution to draw from: so a
+    processor is asked at each exit too, and must be a function of ids and scores alone.
 
     Args:
         policy: its rule for the decoder is obeyed.
         streamer: gets tokens as they come; transformers gives a ``custom_generate`` none of its own.
         check_fingerprint: refuse a policy made for other weights (hashing all weights takes a moment, once a model).
+
+    Attributes:
+        exit_depths: of each token of the latest call, int64 ``[R, T]``, 0 after a row's last; None after beams.
 
     Raises:
         ValueError: the policy asks for what transformers' loop cannot do.
@@ -56,23 +61,18 @@ class EarlyExit:
     def __init__(self, policy: ExitPolicy, streamer: Any = None, check_fingerprint: bool = True) -> None:
         _check(policy)
         self.policy, self.streamer, self._check_fingerprint = policy, streamer, check_fingerprint
-        self._engines: WeakKeyDictionary[nn.Module, ExitEngine] = WeakKeyDictionary()
-        self._depths: list[list[int]] = []
-
-    @property
-    def exit_depths(self) -> Tensor:
-        """Exit depth of each token of the latest call, int64 ``[R, T]``, 0 after a row's last step."""
-        return pad_sequence([torch.tensor(row, dtype=torch.long) for row in self._depths], batch_first=True)
+        self._known: WeakSet[nn.Module] = WeakSet()
+        self.exit_depths: Tensor | None = None
 
     def engine(self, model: nn.Module) -> ExitEngine:
-        """Return the engine of a model, made when it is first seen.
+        """Return the engine of a model, whose weights are looked at when it is first seen.
 
         Raises:
             ValueError: the policy does not fit the model.
         """
-        if model not in self._engines:
-            self._engines[model] = ExitEngine(model, self.policy, self._check_fingerprint, runtime="torch")
-        return self._engines[model]
+        engine = ExitEngine(model, self.policy, self._check_fingerprint and model not in self._known, runtime="torch")
+        self._known.add(model)
+        return engine
 
     def __call__(
         self,
@@ -92,6 +92,10 @@ class EarlyExit:
         mode = generation_config.get_generation_mode()
         if mode not in _LOOPS:
             raise ValueError(f"Exits go with greedy decoding, sampling and beams, not with {mode.value!r}.")
+        if self.streamer is not None and generation_config.num_beams > 1:
+            raise ValueError("A `streamer` gets tokens as they are chosen, and beams choose at the end; leave one out.")
+        if generation_config.guidance_scale not in (None, 1.0):
+            raise ValueError("`guidance_scale` asks the model a second time in each step; leave it out.")
         if generation_config.output_attentions or generation_config.output_hidden_states:
             raise ValueError("Layers that were left out have no attentions or states; leave `output_*` out.")
         decoding = self._begin(model, input_ids, logits_processor, generation_config, model_kwargs)
@@ -100,10 +104,11 @@ class EarlyExit:
         loop = getattr(type(model), _LOOPS[mode])
         given = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         given |= {"generation_config": generation_config, "streamer": self.streamer}
-        with _forward_by(model, _Step(decoding)) as step:
+        with one_at_a_time(model), _forward_by(model, _Step(decoding)) as step:
             cached = model_kwargs | {"past_key_values": step.cache, "use_cache": True}
             result = loop(model, input_ids, **given, **cached)
-        self._depths = decoding.record.depths
+        beams = generation_config.num_beams > 1  # whose rows at the end are not those of the answers
+        self.exit_depths = None if beams else _depths(decoding, result, input_ids.shape[1], generation_config)
         return result
 
     def _begin(
@@ -138,6 +143,25 @@ def early_exit(policy: ExitPolicy, streamer: Any = None, check_fingerprint: bool
     The decoder's exits alone; ``enable`` is of all streams. Arguments as of `EarlyExit`.
     """
     return EarlyExit(policy, streamer, check_fingerprint)
+
+
+_BUSY: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+
+
+def one_at_a_time(model: nn.Module) -> RLock:
+    """Return the lock of a model: for the time of a ``generate`` its ``forward`` is another."""
+    return _BUSY.setdefault(model, RLock())
+
+
+def _depths(decoding: FedDecoding, result: Any, before: int, generation_config: Any) -> Tensor:
+    """Return the depths of answer tokens: transformers goes on with rows that have ended."""
+    sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
+    ends = generation_config.eos_token_id
+    ends_E = torch.tensor([] if ends is None else ends, device=sequences.device).reshape(-1)
+    is_end_RT = torch.isin(sequences[:, before:], ends_E)
+    depth_RT = torch.tensor(decoding.record.depths, device=sequences.device)[:, : is_end_RT.shape[1]]
+    ended_before_RT = (is_end_RT.cumsum(1) - is_end_RT.long()) > 0
+    return depth_RT.masked_fill(ended_before_RT, 0)
 
 
 class _Step:
@@ -180,7 +204,12 @@ class _Cache:
 def _forward_by(model: nn.Module, step: _Step) -> Iterator[_Step]:
     """Let ``step`` be the model's ``forward``."""
     before = model.__dict__.get("forward")
-    model.forward = step  # type: ignore[assignment]
+
+    @wraps(model.forward)  # transformers looks which arguments it takes
+    def forward(*args: Any, **kwargs: Any) -> Seq2SeqLMOutput:
+        return step(*args, **kwargs)
+
+    model.forward = forward
     try:
         yield step
     finally:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ from lightning_mue.inference.encode import encode
 from lightning_mue.inference.request import longest_answer
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.policy import ExitPolicy
-from lightning_mue.surface.early_exit import EarlyExit, Memory
+from lightning_mue.surface.early_exit import EarlyExit, Memory, one_at_a_time
 
 
 class Enabled:
     """What `enable` returns: where the latest ``generate`` left.
 
     Attributes:
-        exit_depths: stream -> exit depth of each sample ``[B]``, of the decoder of each row's tokens ``[R, T]``.
+        exit_depths: stream -> exit depth of each sample ``[B]``; ``decoder`` -> of each row's tokens ``[R, T]``, 0
+            after its last, and not there after beams.
     """
 
     def __init__(self) -> None:
@@ -33,7 +35,8 @@ def enable(model: Any, policy: ExitPolicy, check_fingerprint: bool = True) -> En
     """Let ``model.generate`` obey a policy from now on, and so every pipeline around it; ``forward`` stays as it is.
 
     Greedy decoding, sampling, beams, ``num_return_sequences``, streamers, logits processors, stopping criteria and
-    padding are transformers' own. A certificate is of greedy decoding with the settings that it names.
+    padding are transformers' own. A certificate is of greedy decoding with the settings that it names. Calls from
+    several threads wait for each other.
 
     Args:
         model: a supported model of transformers, with exits attached if the policy needs them; put into eval mode.
@@ -49,17 +52,16 @@ def enable(model: Any, policy: ExitPolicy, check_fingerprint: bool = True) -> En
         raise TypeError(
             f"{type(model).__name__} has no `generate` of transformers' own (BLIP writes another); use an ExitEngine."
         )
-    found, leaves = Enabled(), EarlyExit(policy, check_fingerprint=check_fingerprint)
-    leaves.engine(model)  # what does not fit is refused now
-    own = type(model).generate
+    found = Enabled()
+    EarlyExit(policy, check_fingerprint=check_fingerprint).engine(model)  # what does not fit is refused now
 
-    @wraps(own)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        asked = inspect.signature(own).bind(model, *args, **kwargs).arguments
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
         asked |= asked.pop("kwargs", {})
-        return _generate(asked, leaves, found)
+        with one_at_a_time(self):
+            return _generate(asked, policy, found)
 
-    model.generate = generate
+    model.generate = MethodType(generate, model)  # a copy of the model has one of its own
     return found
 
 
@@ -68,43 +70,72 @@ def disable(model: nn.Module) -> None:
     unwrapped(model).__dict__.pop("generate", None)
 
 
-def _generate(asked: dict[str, Any], leaves: EarlyExit, found: Enabled) -> Any:
+def _generate(asked: dict[str, Any], policy: ExitPolicy, found: Enabled) -> Any:
     """Run the encoders, and transformers' ``generate`` from there."""
     model: Any = asked.pop("self")
-    if refused := [name for name in ("custom_generate", "assistant_model") if asked.pop(name, None) is not None]:
-        raise ValueError(f"With exits enabled `generate` takes no {refused}; `lightning_mue.disable(model)` first.")
-    leaves.streamer = asked.pop("streamer", None)
+    _refuse(model, asked)
+    leaves = EarlyExit(policy, asked.pop("streamer", None), check_fingerprint=False)
     if (first := asked.pop("inputs", None)) is not None:
         asked[model.main_input_name] = first
-    if not {"max_new_tokens", "max_length", "generation_config"} & asked.keys():
-        certified = longest_answer(leaves.policy, None)
+    if all(asked.get(name) is None for name in ("max_new_tokens", "max_length", "generation_config")):
+        certified = longest_answer(policy, None)
         asked |= {} if certified is None else {"max_new_tokens": certified}
-    _stop_at_strings(asked)
+    _stop_at_strings(model, asked)
     depths: dict[str, Tensor] = {}
     if asked.get("encoder_outputs") is None:
         depths = _encode(asked, leaves, model)
-    result = type(model).generate(model, custom_generate=leaves, **asked)
-    found.exit_depths = depths | {"decoder": leaves.exit_depths}
+    result = GenerationMixin.generate(model, custom_generate=leaves, **asked)
+    found.exit_depths = depths | ({} if leaves.exit_depths is None else {"decoder": leaves.exit_depths})
     return result
+
+
+def _refuse(model: Any, asked: dict[str, Any]) -> None:
+    """Refuse what would silently be another thing.
+
+    Raises:
+        ValueError: what was asked.
+    """
+    refused = [name for name in ("custom_generate", "assistant_model") if asked.pop(name, None) is not None]
+    # Their processors read the encoder's ids, which have been read by then.
+    for name, harmless in (("encoder_repetition_penalty", (None, 1.0)), ("encoder_no_repeat_ngram_size", (None, 0))):
+        refused += [name] if _setting(model, asked, name) not in harmless else []
+    if refused:
+        raise ValueError(f"With exits enabled `generate` takes no {refused}; `lightning_mue.disable(model)` first.")
+
+
+def _setting(model: Any, asked: dict[str, Any], name: str) -> Any:
+    """Return a setting of a call: as asked, or as the call's generation config or the model's says."""
+    config = asked.get("generation_config") or model.generation_config
+    return asked[name] if asked.get(name) is not None else getattr(config, name, None)
 
 
 @torch.no_grad()
 def _encode(asked: dict[str, Any], leaves: EarlyExit, model: nn.Module) -> dict[str, Tensor]:
-    """Replace the encoders' inputs by what they give; return where they were left."""
+    """Replace the encoders' inputs by what they give; return where they were left.
+
+    Raises:
+        ValueError: an input is missing.
+    """
     engine = leaves.engine(model)
     backbone, silent = engine.backbone, Stopwatch(None, False)
     inputs = {name: asked.pop(name) for name in backbone.generate_inputs if asked.get(name) is not None}
-    encoded = encode(backbone, engine.exits, inputs, leaves.policy.rules, silent)
+    try:
+        encoded = encode(backbone, engine.exits, inputs, leaves.policy.rules, silent)
+    except KeyError as error:
+        raise ValueError(f"With exits enabled `generate` needs {error}; it was given {sorted(inputs)}.") from error
     asked["encoder_outputs"] = Memory(last_hidden_state=encoded.memory_BSD)
     if (mask := backbone.memory_mask(inputs)) is not None:
         asked["attention_mask"] = (mask[:, 0, 0] == 0).long()
     return encoded.depths
 
 
-def _stop_at_strings(asked: dict[str, Any]) -> None:
+def _stop_at_strings(model: Any, asked: dict[str, Any]) -> None:
     """Make a criterion of ``stop_strings``: a ``custom_generate`` is not given the tokenizer."""
-    tokenizer = asked.pop("tokenizer", None)
-    if (strings := asked.get("stop_strings")) is not None and tokenizer is not None:
-        del asked["stop_strings"]
-        criteria = asked.get("stopping_criteria") or []
-        asked["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+    tokenizer, strings = asked.pop("tokenizer", None), _setting(model, asked, "stop_strings")
+    if strings is None or tokenizer is None:
+        return
+    asked.pop("stop_strings", None)
+    config = copy.deepcopy(asked.get("generation_config") or model.generation_config)
+    config.stop_strings = None
+    criteria = [*(asked.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)]
+    asked |= {"generation_config": config, "stopping_criteria": StoppingCriteriaList(criteria)}

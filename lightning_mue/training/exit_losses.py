@@ -50,7 +50,14 @@ def exit_losses(model: nn.Module, outputs: Any, labels: Tensor) -> Tensor:
         )
     states = getattr(outputs, "decoder_hidden_states", None)
     if states is None:
-        raise ValueError("`outputs` hold no `decoder_hidden_states`; call the model with `output_hidden_states=True`.")
+        raise ValueError(
+            f"The outputs of {type(model).__name__} hold no `decoder_hidden_states`: call it with "
+            "`output_hidden_states=True`, or, if it gives none (BLIP, CoCa), train by MultiExitSupervision."
+        )
+    if labels.shape != outputs.logits.shape[:2]:
+        raise ValueError(
+            f"`labels` must be [B, T] as the logits, {[*outputs.logits.shape[:2]]}, got {[*labels.shape]}."
+        )
     return _of_states(view(model), exits, list(states), outputs.logits, labels)
 
 

@@ -81,9 +81,14 @@ class TrainingOutput:
         return getattr(self._own, name)
 
     def __getitem__(self, key: Any) -> Any:
+        if self._given.get("labels") is None:  # then the model's own output holds no loss either
+            return self._own[key]
         if key in ("loss", 0):
             return self.loss
         return self._own[key] if isinstance(key, str) else (self.loss, *self._own[1:])[key]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._own
 
     @cached_property
     def _own(self) -> Any:

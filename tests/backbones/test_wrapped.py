@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import lightning_mue as mue
@@ -72,6 +72,13 @@ def test_exits_that_the_wrapper_froze_are_named(make_trainer):
     module.net = get_peft_model(module.net, LoraConfig(**LORA))
     with pytest.raises(ValueError, match="or they are frozen"):
         make_trainer(supervision(), limit_val_batches=0).fit(module, make_loader())
+
+
+def test_prompts_that_nobody_would_read_are_refused():
+    asked = PromptTuningConfig(num_virtual_tokens=2, token_dim=32, num_layers=4, num_attention_heads=4)
+    wrapper = get_peft_model(zoo.make("florence2", exits=False), asked)
+    with pytest.raises(ValueError, match="prompts are beside the model"):
+        mue.attach_exits(wrapper, {"decoder": [1]})
 
 
 def test_quantised_weights(tmp_path):

@@ -40,7 +40,7 @@ def test_what_holds_no_exits_is_refused(tmp_path):
     model = zoo.make("florence2")
     mue.detach_exits(model)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="names no exits"):
+    with pytest.raises(ValueError, match="holds no exits"):
         mue.from_pretrained(tmp_path)
     other = zoo.make("florence2")
     other.config.mue_exits["adapter_width"] = 4
