@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_mue.backbones import EXITS, Backbone, num_layers, view
 from lightning_mue.callbacks.held_model import held_model
-from lightning_mue.callbacks.supervised_call import computes_loss, read_call
+from lightning_mue.callbacks.supervised_call import check_gives_loss, computes_loss, read_call
 from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached, exits_on_the_way
 from lightning_mue.exits.exits_file import check_same, pack_exits, unpack_exits
 from lightning_mue.training.add_loss import add_loss
@@ -110,11 +110,7 @@ class MultiExitSupervision(L.Callback):
         check_same(self.exits, exits, f"MultiExitSupervision({self.model!r})")
         backbone = view(model)
         check_contrast(self.supervision, backbone, exits)
-        if not computes_loss(model) and backbone.contrastive is None:
-            raise ValueError(
-                f"The `forward` of {type(model).__name__} takes no `labels` and returns no `loss`; train it by "
-                "`lightning_mue.MultiExitModule`, or give it both."
-            )
+        check_gives_loss(model, backbone)
         if self.supervision.propagate and not computes_loss(model):
             raise ValueError(
                 "`propagate` replaces a step's whole loss, and this project computes its own; set it to 0."

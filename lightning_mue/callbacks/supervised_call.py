@@ -22,6 +22,19 @@ def computes_loss(model: Any) -> bool:
     return "labels" in inspect.signature(model.forward).parameters
 
 
+def check_gives_loss(model: Any, backbone: Backbone) -> None:
+    """Refuse a model whose training nobody could know.
+
+    Raises:
+        ValueError: it has no loss of its own, and is not one that open_clip's loss is for.
+    """
+    if not computes_loss(model) and backbone.contrastive is None:
+        raise ValueError(
+            f"The `forward` of {type(model).__name__} takes no `labels` and returns no `loss`; train it by "
+            "`lightning_mue.MultiExitModule`, or give it both."
+        )
+
+
 def read_call(model: Any, backbone: Backbone, given: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """Return the backbone's inputs and the labels of a call, under our own names.
 

@@ -75,7 +75,8 @@ def test_exits_that_the_wrapper_froze_are_named(make_trainer):
 
 
 def test_prompts_that_nobody_would_read_are_refused():
-    asked = PromptTuningConfig(num_virtual_tokens=2, token_dim=32, num_layers=4, num_attention_heads=4)
+    sizes = {"token_dim": 32, "num_layers": 4, "num_attention_heads": 4, "num_transformer_submodules": 1}
+    asked = PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2, **sizes)
     wrapper = get_peft_model(zoo.make("florence2", exits=False), asked)
     with pytest.raises(ValueError, match="prompts are beside the model"):
         mue.attach_exits(wrapper, {"decoder": [1]})
