@@ -160,7 +160,7 @@ def tiny_donut() -> nn.Module:
 
 
 def tiny_blip(architecture: str = "BlipForConditionalGeneration") -> nn.Module:
-    """Its decoder's end is the separator, not the end token; attention must not drown the tokens."""
+    """Its decoder's end is the separator, not the end token; what layers add must not drown the tokens."""
     ids = {"bos_token_id": START, "sep_token_id": END, "eos_token_id": 1, "pad_token_id": PAD}
     shape = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.3}
     text = {"vocab_size": VOCABULARY, "num_hidden_layers": 5, "max_position_embeddings": 64}
@@ -176,8 +176,8 @@ def tiny_blip(architecture: str = "BlipForConditionalGeneration") -> nn.Module:
     )
     with torch.no_grad():
         for layer in model.text_decoder.bert.encoder.layer:
-            layer.attention.output.dense.weight *= 0.15
-            layer.crossattention.output.dense.weight *= 0.15
+            for part in (layer.attention, layer.crossattention, layer):
+                part.output.dense.weight *= 0.15
     return model
 
 
@@ -247,6 +247,11 @@ def inputs(name: str, batch: int, seed: int = 0) -> dict[str, Tensor]:
 def reads_prompts(name: str) -> bool:
     """Whether an encoder reads a prompt beside the picture."""
     return "input_ids" in inputs(name, 1)
+
+
+def image_tokens(name: str) -> int:
+    """Return how many of a prompt's tokens stand for the picture."""
+    return IMAGE_TOKENS if name.startswith("florence2") else 0
 
 
 def alone(tensors: dict[str, Tensor], row: int) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AutoProcessor,
+    BlipProcessor,
     CLIPImageProcessor,
     CLIPProcessor,
     DetrImageProcessor,
@@ -23,7 +24,7 @@ from lightning_mue.prompt import IGNORE
 
 
 class Processor:
-    """A ``Florence2Processor``, ``CLIPProcessor``, ``TrOCRProcessor`` or any of that form: pictures, prompts, answers.
+    """A processor of Florence-2, CLIP, TrOCR, BLIP or any of that form: pictures, prompts, answers.
 
     Args:
         processor: transformers' processor.
@@ -46,12 +47,14 @@ class Processor:
     def labels(self, text: Sequence[str]) -> Tensor:
         """Return the token ids of answers, each ended by the end token and padded with -100: ``[B, T]``.
 
-        A pretrained tokenizer frames them as its model knows them (BART's answers begin with ``<s>``); of CLIP's frame
-        the start is left out, for it stands before the answer.
+        A pretrained tokenizer frames them as its model knows them (BART's answers begin with ``<s>``); of CLIP's and
+        BLIP's frame the start is left out, for it stands before the answer.
         """
-        end, ids = self.tokenizer.eos_token_id, self.tokenizer(list(text))["input_ids"]
-        if isinstance(self.processor, CLIPProcessor):
-            ids = [row[1:] if row[:1] == [self.tokenizer.bos_token_id] else row for row in ids]
+        words, ids = self.tokenizer, self.tokenizer(list(text))["input_ids"]
+        end = words.sep_token_id if words.eos_token_id is None else words.eos_token_id  # BERT's, which BLIP has
+        if isinstance(self.processor, (CLIPProcessor, BlipProcessor)):
+            frame = (words.bos_token_id, words.cls_token_id)
+            ids = [row[1:] if row and row[0] in frame else row for row in ids]
         rows = [torch.tensor(row if row[-1:] == [end] else [*row, end]) for row in ids]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 

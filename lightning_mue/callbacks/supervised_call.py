@@ -46,8 +46,12 @@ def read_call(model: Any, backbone: Backbone, given: Mapping[str, Any]) -> tuple
     Raises:
         ValueError: labels or an input are missing, or an argument would be passed over.
     """
-    if not computes_loss(model):
-        given = _pairs(backbone, given)
+    if given.get("decoder_prompt") is not None:
+        rank_zero_warn(
+            "`decoder_prompt`: training and our engine give it to the decoder, the model's own forward outside of "
+            "`training_step` passes it over."
+        )
+    given = backbone.read_call(given) if computes_loss(model) else _pairs(backbone, given)
     given = _without_shifted(backbone, given)
     _check(model, backbone.generate_inputs, given)
     inputs = {name: given[name] for name in backbone.generate_inputs if given.get(name) is not None}
@@ -86,9 +90,4 @@ def _check(model: Any, wanted: tuple[str, ...], given: Mapping[str, Any]) -> Non
         raise ValueError(
             f"Deep supervision makes the decoder's inputs of `labels` and would pass over {passed_over}; leave it out. "
             "What the decoder reads before the answer is its `decoder_prompt`."
-        )
-    if "decoder_prompt" in present:
-        rank_zero_warn(
-            "`decoder_prompt`: training and our engine give it to the decoder, the model's own forward outside of "
-            "`training_step` passes it over."
         )

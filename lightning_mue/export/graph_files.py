@@ -257,9 +257,10 @@ def _about_inputs(backbone: Backbone, processor: Processor, inputs: dict[str, Te
     model: Any = backbone.model
     if "input_ids" not in inputs:
         return {"picture": list(inputs["pixel_values"].shape[1:]), "image_tokens": 0}
+    image_token_id = getattr(model.config, "image_token_id", -1)  # BLIP's questions hold no picture
     return {
         "picture": list(inputs["pixel_values"].shape[1:]),
-        "image_tokens": int((inputs["input_ids"][0] == model.config.image_token_id).sum()),
+        "image_tokens": int((inputs["input_ids"][0] == image_token_id).sum()),
         "most_tokens": model.config.text_config.max_position_embeddings,
     }
 

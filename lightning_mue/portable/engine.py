@@ -117,7 +117,7 @@ class PortableEngine(Answering):
     @property
     def reads_prompts(self) -> bool:
         """Whether the model reads a prompt beside the picture."""
-        return bool(self.files.facts["inputs"]["image_tokens"])
+        return "most_tokens" in self.files.facts["inputs"]
 
     def end_id(self) -> int:
         """Return the token that ends an answer."""
@@ -175,17 +175,18 @@ class PortableEngine(Answering):
                 f"`pixel_values` must be [B, {', '.join(map(str, facts['picture']))}], the size that was frozen; got "
                 f"{list(pixels.shape)}"
             )
-        return found | self._given_prompt(inputs) if facts["image_tokens"] else found
+        return found | self._given_prompt(inputs) if self.reads_prompts else found
 
     def _given_prompt(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
-        """Return the prompt, which holds the picture's tokens."""
+        """Return the prompt, which may hold the picture's tokens."""
         facts, ids_BS = self.files.facts["inputs"], np.asarray(inputs["input_ids"], np.int64)
-        counts, mask = (ids_BS == self.processor.image_token_id).sum(1), inputs.get("attention_mask")
+        mask, wanted = inputs.get("attention_mask"), facts["image_tokens"]
         mask_BS = np.ones_like(ids_BS) if mask is None else np.asarray(mask, np.int64)
-        if (counts != facts["image_tokens"]).any() or ids_BS.shape[1] <= facts["image_tokens"]:
+        counts = (ids_BS == self.processor.image_token_id).sum(1) if wanted else np.zeros(len(ids_BS), np.int64)
+        if (counts != wanted).any() or ids_BS.shape[1] <= wanted:
             raise ValueError(
-                f"Every row of `input_ids` must hold {facts['image_tokens']} image tokens, and text; got "
-                f"{counts.tolist()} of {ids_BS.shape[1]}"
+                f"Every row of `input_ids` must hold {wanted} image tokens, and text; got {counts.tolist()} of "
+                f"{ids_BS.shape[1]}"
             )
         if ids_BS.shape[1] > facts["most_tokens"]:
             raise ValueError(

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 Array = np.ndarray
-PROCESSORS = ("CLIPImageProcessor", "DetrImageProcessor", "ViTImageProcessor", "DeiTImageProcessor")
+PROCESSORS = tuple(f"{name}ImageProcessor" for name in ("CLIP", "Detr", "ViT", "DeiT", "Blip"))
 _MOST_BITS, _LARGEST = 22, 1 << 15
 
 

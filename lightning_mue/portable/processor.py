@@ -15,7 +15,7 @@ from lightning_mue.portable.pictures import Pictures
 from lightning_mue.prompt import IGNORE
 
 Array = np.ndarray
-_KNOWN = ("Florence2Processor", "CLIPProcessor", "TrOCRProcessor")
+_KNOWN = ("Florence2Processor", "CLIPProcessor", "TrOCRProcessor", "BlipProcessor")
 
 
 class PortableProcessor:
@@ -33,14 +33,16 @@ class PortableProcessor:
         settings, words = (_read(folder / name) for name in ("processor_config.json", "tokenizer_config.json"))
         if (found := settings.get("processor_class")) not in _KNOWN:
             raise ValueError(f"Prompts without transformers are laid out as by one of {list(_KNOWN)}, got {found!r}")
-        self._reads_text, self._drops_start = found != "TrOCRProcessor", found == "CLIPProcessor"
+        self._reads_text = found != "TrOCRProcessor"
         self.pictures, self._tasks = Pictures(settings["image_processor"]), tasks
         self.image_tokens: int = settings["image_processor"].get("image_seq_length", 0)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         ids = self._tokenizer.get_vocab()
-        self._pad, self._end, self._start = (ids[words[name]] for name in ("pad_token", "eos_token", "bos_token"))
+        self._pad, self._end = ids[words["pad_token"]], ids[words.get("eos_token") or words["sep_token"]]
+        starts = ("bos_token", "cls_token") if found in ("CLIPProcessor", "BlipProcessor") else ()
+        self._starts = {ids[words[name]] for name in starts if words.get(name)}
         self._frame: tuple[str, str] | None = None
         self.image_token_id: int | None = None
         if self.image_tokens:
@@ -62,8 +64,7 @@ class PortableProcessor:
     def labels(self, text: Sequence[str]) -> Array:
         """Return the token ids of answers, each ended by the end token and padded with -100: ``[B, T]``."""
         rows = self._ids(text, special=True)
-        if self._drops_start:
-            rows = [row[1:] if row[:1] == [self._start] else row for row in rows]
+        rows = [row[1:] if row and row[0] in self._starts else row for row in rows]
         return _padded([row if row[-1:] == [self._end] else [*row, self._end] for row in rows], IGNORE)
 
     def decoder_prompts(self, text: Sequence[str]) -> Array:

@@ -22,7 +22,7 @@ from lightning_mue.inference.rows import groups_of
 from lightning_mue.metrics.answers import AnswerScore
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.signals import similarity
-from lightning_mue.training.attention import Attention, attention
+from lightning_mue.training.attention import Attention, attention, set_attention
 from lightning_mue.training.depths import sample_step
 from lightning_mue.training.gates import decoder_gate_logits
 from lightning_mue.training.losses import Weighting
@@ -64,7 +64,7 @@ class MultiExitModule(L.LightningModule):
             other exits); the optimizer begins anew.
         learns: ``all``; ``exits`` alone, for a backbone that must stay as it is; or their ``gates`` alone.
         attention: how training computes attention: ``eager``, written out (fastest under bf16 on CPUs), or ``sdpa``;
-            evaluation always uses ``sdpa``.
+            evaluation always uses ``sdpa``. BLIP knows the first alone.
         seed: of all that is drawn for a step.
     """
 
@@ -233,22 +233,22 @@ class MultiExitModule(L.LightningModule):
         """Use the attention that trains fastest; a frozen backbone has no dropout that gates should learn from."""
         if self.hparams["learns"] == "gates":
             self.model.eval()
-        self.model.set_attn_implementation(self.hparams["attention"])
+        set_attention(self.model, self.hparams["attention"])
 
     def on_validation_model_eval(self) -> None:
         """Evaluate with the attention that inference uses."""
         super().on_validation_model_eval()
-        self.model.set_attn_implementation("sdpa")
+        set_attention(self.model, "sdpa")
 
     def on_validation_model_train(self) -> None:
         """Go back to the training attention, if training goes on."""
         super().on_validation_model_train()
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.model.set_attn_implementation(self.hparams["attention"])
+            set_attention(self.model, self.hparams["attention"])
 
     def on_train_end(self) -> None:
         """Leave the model as inference uses it."""
-        self.model.set_attn_implementation("sdpa")
+        set_attention(self.model, "sdpa")
 
     @property
     def exits(self) -> Exits:

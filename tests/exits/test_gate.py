@@ -93,9 +93,9 @@ def test_at_inference_a_gate_scores_as_in_training(name):
     for k, logits_N in logits.items():
         expected = logits_N.sigmoid().view(tokens.shape)
         for t in range(tokens.shape[1]):
-            live = out.exit_depths["decoder"][:, t] > 0  # rows that have ended have no scores
-            scores = executor.scores("gate", k, slice(None), t, None)
-            torch.testing.assert_close(scores[live], expected[live, t], rtol=1e-4, atol=1e-5)
+            live = (out.exit_depths["decoder"][:, t] > 0).nonzero()[:, 0]
+            scores = executor.scores("gate", k, live, t, None)
+            torch.testing.assert_close(scores, expected[live, t], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_are_gathered_once_per_decode(monkeypatch):

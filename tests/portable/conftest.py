@@ -36,7 +36,7 @@ class Frozen:
 def make_frozen(name, folder, precision=None):
     """The model's words are the processor's. Its policy asks for logits, so that its head is written too."""
     words = train_tokenizer(["what is this?", "a red square left of it"], 300)
-    processor = build_processor(words, 64, zoo.IMAGE_TOKENS if zoo.reads_prompts(name) else 0)
+    processor = build_processor(words, 64, zoo.image_tokens(name))
     torch.manual_seed(0)
     with mock.patch.object(zoo, "VOCABULARY", len(processor.tokenizer)):
         model = zoo.BACKBONES[name][0]().requires_grad_(False).eval()

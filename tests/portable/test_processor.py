@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import InterpolationMode
 from torchvision.transforms.v2.functional import resize as resize_tensor
-from transformers import DeiTImageProcessor, TrOCRProcessor, ViTImageProcessor
+from transformers import (
+    BertTokenizer,
+    BlipImageProcessor,
+    BlipProcessor,
+    DeiTImageProcessor,
+    TrOCRProcessor,
+    ViTImageProcessor,
+)
 
 from lightning_mue.backbones.processor import Processor, build_processor
 from lightning_mue.data.tokenizer import train_tokenizer
@@ -110,10 +117,33 @@ def test_trocrs_processor(pictures, tokenizer, tmp_path):
     assert ours.decode(ours.labels(TEXTS)) == theirs.decode(theirs.labels(TEXTS))
 
 
+def test_blips_processor(tmp_path):
+    """Its tokenizer is BERT's, whose texts end with the separator; the token that stands before an answer is left out.
+
+    Ids are those of the vocabulary below.
+    """
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
+    vocabulary = [*special, "what", "is", "this", "red", "the", "one", "##s", "?", ","]
+    words = BertTokenizer({word: i for i, word in enumerate(vocabulary)}, bos_token="[DEC]")
+    theirs = Processor(BlipProcessor(BlipImageProcessor(size={"height": 48, "width": 80}), words))
+    assert theirs.labels(["the reds", ""]).tolist() == [[10, 9, 12, 3], [3, -100, -100, -100]]
+    theirs.save(tmp_path)
+    ours, images = PortableProcessor(tmp_path, theirs.tasks), [picture(*size) for size in SIZES[:5]]
+    texts = ["What is this?", "the red ones, one", "é", "[DEC] one", ""]
+    expected, found = theirs(images, texts), ours(images, texts)
+    assert {*expected} == {*found} == {"pixel_values", "input_ids", "attention_mask"}
+    for name, array in found.items():
+        assert np.array_equal(array, expected[name].numpy())
+    assert ours.labels(texts).tolist() == theirs.labels(texts).tolist()
+    assert ours.decoder_prompts(texts).tolist() == theirs.decoder_prompts(texts).tolist()
+    assert ours.decode(ours.labels(texts)) == theirs.decode(theirs.labels(texts))
+    assert isinstance(Processor.load(tmp_path).processor, BlipProcessor)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"image_processor_type": "BlipImageProcessor"}, r"read as \['CLIP.*'BlipImageProcessor'"),
+        ({"image_processor_type": "BitImageProcessor"}, r"read as \['CLIP.*'BitImageProcessor'"),
         ({"size": {"shortest_edge": 224}}, r"resized to a height and a width .*\{'shortest_edge': 224\}"),
         ({"do_resize": False}, "must be resized"),
         ({"size": {"max_height": 8, "max_width": 8}}, "must be padded to one `pad_size`"),
