@@ -94,6 +94,9 @@ class CoCaDecoderStream:
         """Whether layer ``k`` belongs to the multimodal half."""
         return k >= self.first_exit
 
+    def distance_bias(self) -> None:
+        """Nothing: states know their positions."""
+
     def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention, of its normed input."""
         _, key, value = self.pieces(k).before(h_BTD)

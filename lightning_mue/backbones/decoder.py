@@ -30,7 +30,10 @@ class LayerCache(EncoderDecoderCache):
         key, value = kv.memory()
         index = k - 1
         self.is_updated = {index: True}
-        self.self_attention_cache: Any = SimpleNamespace(update=lambda key, value, _layer: kv.update(key, value))
+        # T5 asks for a length to make its bias of, which it is given.
+        self.self_attention_cache: Any = SimpleNamespace(
+            update=lambda key, value, _layer: kv.update(key, value), get_seq_length=lambda _layer: 0
+        )
         self.cross_attention_cache: Any = SimpleNamespace(layers={index: SimpleNamespace(keys=key, values=value)})
 
 
@@ -59,6 +62,10 @@ class NormAndHead(ABC):
     def reads_memory(self, k: int) -> bool:
         """All layers do."""
         return True
+
+    def distance_bias(self) -> Tensor | None:
+        """Nothing: states know their positions."""
+        return None
 
     @property
     def norm_piece(self) -> nn.Module:

@@ -131,6 +131,12 @@ class DecoderStream(Protocol):
     def embed_at(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:
         """Return the same for positions that are named."""
 
+    def distance_bias(self) -> Tensor | None:
+        """Return what self-attention adds to the scores of the position ``n`` back, ``[heads, N]``, or None.
+
+        All positions farther back than the table is long get its last numbers.
+        """
+
     def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Project states that enter layer ``k`` for its self-attention: K and V, each ``[B, heads, T, d]``."""
 
@@ -253,10 +259,27 @@ def additive_mask(valid_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return mask.masked_fill_(~valid_BT.bool(), torch.finfo(dtype).min)[:, None, None, :]
 
 
-def causal_mask(first: int, last: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """Return the additive mask ``[1, 1, last - first, last]`` of a block of new positions; None for a single one."""
-    if last - first == 1:
+def causal_mask(
+    first: int, last: int, dtype: torch.dtype, device: torch.device, bias_HN: Tensor | None = None
+) -> Tensor | None:
+    """Return what self-attention adds to the scores of a block of new positions, or None if nothing.
+
+    Args:
+        first: of them.
+        last: the one after them.
+        dtype: of the scores.
+        device: theirs.
+        bias_HN: the decoder's ``distance_bias``.
+
+    Returns:
+        ``[1, 1 or heads, last - first, last]``; None for a single position without a bias.
+    """
+    if bias_HN is None and last - first == 1:
         return None
-    hidden = torch.ones(last - first, last, dtype=torch.bool, device=device).triu_(diagonal=first + 1)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
-    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+    at = torch.arange(last, device=device)
+    back_mT = at[first:, None] - at
+    if bias_HN is None:
+        mask_1mT = torch.zeros((1, *back_mT.shape), dtype=dtype, device=device)
+    else:
+        mask_1mT = bias_HN[:, back_mT.clamp(0, bias_HN.shape[1] - 1)].to(dtype)
+    return mask_1mT.masked_fill(back_mT < 0, torch.finfo(dtype).min)[None]

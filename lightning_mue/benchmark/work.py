@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lightning_mue.backbones import Backbone, DecoderStream, EncoderStream, view
-from lightning_mue.backbones.stream import Inputs
+from lightning_mue.backbones.stream import Inputs, causal_mask
 from lightning_mue.benchmark.limits import DecoderWork, StreamWork, Work
 
 
@@ -42,9 +42,10 @@ def model_work(model: nn.Module, inputs: Mapping[str, Any]) -> ModelWork:
 def decoder_work(model: nn.Module, decoder: DecoderStream, memory_1SD: Tensor) -> DecoderWork:
     """Count the pieces of a decoder that reads this memory."""
     h_11D = memory_1SD.new_zeros(1, 1, decoder.width)
+    mask = causal_mask(0, 1, h_11D.dtype, h_11D.device, decoder.distance_bias())
     layers, memory = [], []
     for k in range(1, decoder.num_layers + 1):
-        _, whole = counted(model, partial(decoder.layer, k, h_11D, memory_1SD, None, None))
+        _, whole = counted(model, partial(decoder.layer, k, h_11D, memory_1SD, mask, None))
         if not decoder.reads_memory(k):
             memory.append(Work(0, 0))
             layers.append(whole)

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from lightning_mue.inference.array_signals import NEEDS_LOGITS, OF_LOGITS, flat_similarity, log_softmax, similarity
+from lightning_mue.inference.bfloat16 import to_bfloat16
 from lightning_mue.inference.outside import Outside
-from lightning_mue.inference.ragged import attend, to_bfloat16
+from lightning_mue.inference.ragged import attend
 from lightning_mue.inference.sampling import Sampling
 from lightning_mue.inference.schedule import Block, Place
 from lightning_mue.inference.scored import Scored
@@ -73,15 +74,15 @@ class OrtExecutor:
         self.base_layers = sum(of_layer.memory is None for of_layer in sessions.layers)
         self.batch, self._beams = len(memory_BSD) * beams, beams
         self._owner_RT: Array | None = None
-        layers, self._heads = self.num_layers + 1, (-1, sessions.heads, width // sessions.heads)
-        kv_shape = (layers, self.batch, sessions.heads, positions, width // sessions.heads)
+        layers, self._heads = self.num_layers + 1, (-1, sessions.heads, sessions.head_dim)
+        kv_shape = (layers, self.batch, sessions.heads, positions, sessions.head_dim)
         self._keys, self._values = self._empty(kv_shape), self._empty(kv_shape)
         self.states = self._empty((layers, self.batch, positions, width))
         self.ids = np.zeros((self.batch, positions + 1), np.int64)
         self._memory_kv: dict[int, Array] = {}
         self._rounded = sessions.precision != "float32"
         self._projected: list[set[int]] = [set() for _ in range(layers)]
-        self._scored, self._sampling = Scored(), sampling
+        self._scored, self._sampling, self._back_HT = Scored(), sampling, sessions.back(positions)
 
     def share(self, owner_RT: Array) -> None:
         """From now on position ``t`` of row ``r`` is in row ``owner_RT[r, t]``; the table may change."""
@@ -108,13 +109,14 @@ class OrtExecutor:
             query_ND, key_ND, value_ND = sessions.before(h_ND)
             self._keep(layer, places, key_ND, value_ND)
             kv = self._seen(layer, rows_N, int(positions_N.max()) + 1)
-            read = attend(query_ND.reshape(self._heads), *kv, positions_N + 1, threads=threads)
+            back_HT = None if self._back_HT is None else self._back_HT[:, : kv[0].shape[2]]
+            read = attend(query_ND.reshape(self._heads), *kv, positions_N + 1, threads=threads, back_HT=back_HT)
             if sessions.between is not None:
-                h_ND, query_ND = sessions.between(h_ND, read.reshape(h_ND.shape))
+                h_ND, query_ND = sessions.between(h_ND, read.reshape(query_ND.shape))
                 key_BHSd, value_BHSd = self._memory_kv[layer]
                 memory = (key_BHSd, value_BHSd, rows_N // self._beams, np.full_like(rows_N, key_BHSd.shape[2]))
                 read = attend(query_ND.reshape(self._heads), *memory, self._bias_BS, threads=threads)
-            (h_ND,) = sessions.after(h_ND, read.reshape(h_ND.shape))
+            (h_ND,) = sessions.after(h_ND, read.reshape(query_ND.shape))
             self.states[layer][places] = h_ND
 
     def fill(self, mode: str, layer: int, rows: Sequence[int], first: int, last: int) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_mue.inference.bfloat16 import from_bfloat16
+
 try:
     import numba
     from llvmlite import ir
@@ -34,7 +36,7 @@ _LOG2_E = np.float32(math.log2(math.e))
 _LN2 = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)  # products of the first's 9 bits are exact
 _SERIES = tuple(np.float32(1 / math.factorial(n)) for n in range(6, -1, -1))
 _NO_BIAS = np.empty((0, 0), np.float32)
-_TYPES = {tuple(np.dtype(name) for name in ("f4", kv, kv, "f4", "f4")) for kv in ("f4", "u2")}
+_TYPES = {tuple(np.dtype(name) for name in ("f4", kv, kv, "i8", "i8", "f4", "f4", "f4")) for kv in ("f4", "u2")}
 
 
 def attend(
@@ -46,6 +48,7 @@ def attend(
     bias_BT: Array | None = None,
     out_NHd: Array | None = None,
     threads: int = 1,
+    back_HT: Array | None = None,
 ) -> Array:
     """Return ``softmax(q . k + bias) v`` of every pair, over positions ``0 .. length - 1`` of its row.
 
@@ -58,6 +61,7 @@ def attend(
         bias_BT: float32, added to the scores of all heads; ``-inf`` or float32's minimum masks; contiguous.
         out_NHd: float32, written and returned; contiguous; may be the queries. Default: a new array.
         threads: they share the heads; where there is little to do it is one.
+        back_HT: float32, added to each head's score of the position so many before a pair's last one.
 
     Raises:
         TypeError: an array of another type.
@@ -65,8 +69,9 @@ def attend(
     """
     rows_N, lengths_N = np.ascontiguousarray(rows_N, np.int64), np.ascontiguousarray(lengths_N, np.int64)
     bias_BT = _NO_BIAS if bias_BT is None else bias_BT
+    back_HT = _NO_BIAS if back_HT is None else np.ascontiguousarray(back_HT)
     out_NHd = np.empty(q_NHd.shape, np.float32) if out_NHd is None else out_NHd
-    arrays = np.ascontiguousarray(q_NHd), keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, out_NHd
+    arrays = np.ascontiguousarray(q_NHd), keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, back_HT, out_NHd
     _check(arrays)
     if not COMPILED:
         _attend_numpy(arrays)
@@ -77,29 +82,19 @@ def attend(
     return out_NHd
 
 
-def to_bfloat16(x: Array, out: Array | None = None) -> Array:
-    """Return float32 numbers as bits of bfloat16, in ``out`` if given: to the nearest, ties to even; NaN stays NaN."""
-    return _nearest(np.asarray(x, np.float32).view(np.uint32), out=out)
-
-
-def from_bfloat16(x: Array) -> Array:
-    """Return the bits of bfloat16 as the same numbers in float32."""
-    return (np.asarray(x, np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-
 def _check(arrays: tuple[Array, ...]) -> None:
     """Refuse what the compiled code, which looks at no bounds, would misread."""
-    q_NHd, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, out_NHd = arrays
-    types = q_NHd.dtype, keys_BHTd.dtype, values_BHTd.dtype, bias_BT.dtype, out_NHd.dtype
-    if types not in _TYPES:
-        names = ", ".join(map(str, types))
+    _, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, back_HT, out_NHd = arrays
+    if (types := tuple(array.dtype for array in arrays)) not in _TYPES:
+        names = ", ".join(str(kind) for kind in types if kind != np.int64)
         raise TypeError(f"queries, keys, values, bias, out must be float32 (or K and V uint16: bfloat16), got {names}")
     N, (B, H, T, d) = len(rows_N), keys_BHTd.shape if keys_BHTd.ndim == 4 else (-1,) * 4
-    found = q_NHd.shape, keys_BHTd.shape, values_BHTd.shape, rows_N.shape, lengths_N.shape, bias_BT.shape, out_NHd.shape
-    if found != ((N, H, d), (B, H, T, d), (B, H, T, d), (N,), (N,), (B, T) if bias_BT.size else (0, 0), (N, H, d)):
+    biases = (B, T) if bias_BT.size else (0, 0), (H, T) if back_HT.size else (0, 0)
+    found = tuple(array.shape for array in arrays)
+    if found != ((N, H, d), (B, H, T, d), (B, H, T, d), (N,), (N,), *biases, (N, H, d)):
         raise ValueError(
-            "queries and out must be [N, H, d], keys and values [B, H, T, d], rows and lengths [N], bias [B, T]; got "
-            "{0} and {6}, {1} and {2}, {3} and {4}, {5}".format(*found)
+            "queries and out must be [N, H, d], keys and values [B, H, T, d], rows and lengths [N], biases [B, T] and "
+            "[H, T]; got {0} and {7}, {1} and {2}, {3} and {4}, {5} and {6}".format(*found)
         )
     if not all(array.flags.c_contiguous for array in (keys_BHTd, values_BHTd, bias_BT, out_NHd)):
         raise ValueError("keys, values, bias and out must be contiguous; give the whole buffers, `lengths_N` cuts them")
@@ -114,7 +109,7 @@ def _pool(workers: int, process: int) -> ThreadPoolExecutor:
 
 
 def _attend_numpy(arrays: tuple[Array, ...]) -> None:
-    q_NHd, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, out_NHd = arrays
+    q_NHd, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, back_HT, out_NHd = arrays
     widen = from_bfloat16 if keys_BHTd.dtype == np.uint16 else np.asarray
     stop = 0
     while stop < len(rows_N):
@@ -123,6 +118,7 @@ def _attend_numpy(arrays: tuple[Array, ...]) -> None:
         k_HTd, v_HTd = widen(keys_BHTd[row, :, :length]), widen(values_BHTd[row, :, :length])
         weights_HJT = q_NHd[start:stop].swapaxes(0, 1) @ k_HTd.swapaxes(1, 2)
         weights_HJT += bias_BT[row, :length] if bias_BT.size else 0
+        weights_HJT += back_HT[:, None, length - 1 :: -1] if back_HT.size else 0
         weights_HJT = np.exp(weights_HJT - weights_HJT.max(-1, keepdims=True))
         weights_HJT /= weights_HJT.sum(-1, keepdims=True)
         out_NHd[start:stop] = (weights_HJT @ v_HTd).swapaxes(0, 1)
@@ -134,7 +130,6 @@ def _compiled(**options: Any) -> Any:
     return numba.njit(**settings) if COMPILED else lambda function: function
 
 
-_elementwise: Any = numba.vectorize(cache=True) if COMPILED else lambda f: lambda x, out: np.positive(f(x), out=out)
 _instruction: Any = intrinsic if COMPILED else lambda function: function
 _one_for_each_type: Any = partial(overload, inline="always", strict=False) if COMPILED else lambda _: _instruction
 
@@ -174,7 +169,7 @@ def _end_of_run(rows_N: Array, lengths_N: Array, start: int) -> int:
 @_compiled()
 def _attend_part(arrays: tuple[Array, ...], part: int, parts: int) -> None:
     """Do every ``parts``-th head. What it calls is inlined, lest a later process links another build of it."""
-    q_NHd, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, out_NHd = arrays
+    q_NHd, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, back_HT, out_NHd = arrays
     N, H, d = q_NHd.shape
     q_Jd, mixed_Jd = np.empty((_LONGEST_RUN, d), np.float32), np.empty((_LONGEST_RUN, d), np.float32)
     weights_JT, wide_4d = np.empty((_LONGEST_RUN, keys_BHTd.shape[2]), np.float32), np.empty((4, d), np.float32)
@@ -191,6 +186,8 @@ def _attend_part(arrays: tuple[Array, ...], part: int, parts: int) -> None:
             for j in range(pairs):
                 if bias_BT.size:
                     weights_JT[j, :length] += bias_BT[row, :length]
+                if back_HT.size:
+                    weights_JT[j, :length] += back_HT[head, length - 1 :: -1]
                 _softmax(weights_JT[j], length)
             if d == 64:
                 _mix(weights_JT, values_BHTd[row, head], wide_4d, mixed_Jd, pairs, length, 64)
@@ -292,9 +289,3 @@ def _exp(x: Any) -> Any:
         series = series * rest + coefficient
     scale = np.int32((power + np.int32(127)) << np.int32(23)).view(np.float32)
     return np.float32(0) if x < _LOWEST else series * scale
-
-
-@_elementwise
-def _nearest(bits: Any) -> Any:
-    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return np.uint16((bits | 0x400000 * is_nan) + (0x7FFF + (bits >> 16 & 1)) * (1 - is_nan) >> 16)

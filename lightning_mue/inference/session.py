@@ -90,6 +90,7 @@ class DecoderSessions:
     Args:
         layers: first to last.
         heads: of attention.
+        head_dim: of each.
         max_positions: at most.
         precision: of the layers' weights.
         threads: of one call.
@@ -98,11 +99,14 @@ class DecoderSessions:
         make_head: makes what gives all logits, which only some signals need.
         product: the graph of the screened head's product; made if not given.
         buffers: of the states and K/V of decodes.
+        distance_bias_HN: is added to self-attention's scores of the position ``n`` back, beyond its end the last; None:
+            nothing is.
         gates: exit layer -> module and graph of its gate, once it has been asked.
     """
 
     layers: Sequence[LayerSessions]
     heads: int
+    head_dim: int
     max_positions: int
     precision: str
     threads: int
@@ -110,8 +114,15 @@ class DecoderSessions:
     bias_V: Array | None
     make_head: Callable[[], Head]
     product: bytes | None = None
+    distance_bias_HN: Array | None = None
     buffers: Buffers = field(default_factory=Buffers)
     gates: dict[int, tuple[Any, Session]] = field(default_factory=dict)
+
+    def back(self, positions: int) -> Array | None:
+        """Return what is added to the score of the position so many back, ``[H, positions]``, or None."""
+        if self.distance_bias_HN is None:
+            return None
+        return self.distance_bias_HN[:, np.minimum(np.arange(positions), self.distance_bias_HN.shape[1] - 1)]
 
     @cached_property
     def head(self) -> Head:

@@ -49,14 +49,17 @@ def decoder_sessions(decoder: DecoderStream, precision: str = "float32") -> Deco
         return session(at) if (at := f"{k}/{name}") in pieces else None
 
     layers = [LayerSessions.of(partial(piece, k)) for k in range(1, decoder.num_layers + 1)]
-    weights = decoder.head_weights()
-    return DecoderSessions(layers, decoder.num_heads, decoder.max_positions, precision, threads, *weights, head)
+    shape = (decoder.num_heads, decoder.head_dim, decoder.max_positions)
+    bias, weights = decoder.distance_bias(), decoder.head_weights()
+    bias_HN = None if bias is None else bias.detach().float().numpy()
+    return DecoderSessions(layers, *shape, precision, threads, *weights, head, distance_bias_HN=bias_HN)
 
 
 def decoder_pieces(decoder: DecoderStream) -> dict[str, tuple[nn.Module, *tuple[torch.Tensor, ...]]]:
     """Return name -> module and examples of what it is given, of the head and of all layers' pieces."""
     h_ND, memory_BSD = torch.zeros(2, decoder.width), torch.zeros(2, 3, decoder.memory_width)
-    examples = {"before": (h_ND,), "between": (h_ND, h_ND), "after": (h_ND, h_ND), "memory": (memory_BSD,)}
+    read_ND = torch.zeros(2, decoder.num_heads * decoder.head_dim)
+    examples = {"before": (h_ND,), "between": (h_ND, read_ND), "after": (h_ND, read_ND), "memory": (memory_BSD,)}
     layers = {k: decoder.pieces(k).named() for k in range(1, decoder.num_layers + 1)}
     found: dict[str, Any] = {"head": (decoder.head_piece, h_ND)}
     return found | {f"{k}/{name}": (part[name], *examples[name]) for k, part in layers.items() for name in part}

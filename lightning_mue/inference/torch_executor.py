@@ -7,7 +7,7 @@ Buffers never move: rows are indexed (views while all rows go together), never s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import torch
@@ -63,6 +63,9 @@ class TorchExecutor:
             )
         self._exits, self._processors, self._watch = exits, processors, stopwatch
         self._memory, self._memory_mask = memory_BSD, memory_mask
+        bias_HN = decoder.distance_bias()
+        mask = partial(causal_mask, dtype=memory_BSD.dtype, device=memory_BSD.device, bias_HN=bias_HN)
+        self._mask = lru_cache(8)(mask)  # layers, one after the other, ask for the same
         self.num_layers, self.base_layers = decoder.num_layers, decoder.first_exit - 1
         self.batch, self._beams = memory_BSD.shape[0] * beams, beams
         self._owner_RT: Tensor | None = None
@@ -104,9 +107,9 @@ class TorchExecutor:
         with self._watch.part("layers"):
             new = self._where(self._index(rows), first, last)
             h_RmD = self.states[layer - 1][new]
-            mask = causal_mask(first, last, h_RmD.dtype, h_RmD.device)
             memory_mask = None if self._memory_mask is None else self._memory_mask[self._samples(rows)]
             kv = _RowsKV(self, layer, rows, first, last)
+            mask = self._mask(first, last)
             left_RmD = self._decoder.cached_layer(layer, h_RmD, kv, mask, memory_mask)
             self.states[layer][new] = left_RmD.to(self.states.dtype)  # under autocast layers give less
 

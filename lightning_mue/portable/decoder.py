@@ -28,7 +28,8 @@ def decoder_sessions(files: GraphFiles) -> DecoderSessions:
     layers = [LayerSessions.of(partial(piece, k)) for k in range(1, facts["layers"] + 1)]
     weight_VD = files.array("head_weight")
     bias_V = files.array("head_bias") if "head_bias" in files.facts["arrays"] else None
-    how = (facts["heads"], facts["max_positions"], files.facts["precision"], files.threads)
+    heads = (facts["heads"], weight_VD.shape[1] // facts["heads"])
+    how = (*heads, facts["max_positions"], files.facts["precision"], files.threads)
     return DecoderSessions(layers, *how, weight_VD, bias_V, head, files.graph("decoder/product"))
 
 

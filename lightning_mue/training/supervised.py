@@ -166,7 +166,7 @@ def decoder_states(
     """
     decoder = backbone.decoder
     states = [decoder.embed(ids_BT, 0)]
-    mask = causal_mask(0, ids_BT.shape[1], states[0].dtype, ids_BT.device)
+    mask = causal_mask(0, ids_BT.shape[1], states[0].dtype, ids_BT.device, decoder.distance_bias())
     for k in range(1, decoder.num_layers + 1):
         h_BTD = decoder.layer(k, states[-1], memory_BSD, mask, memory_mask)
         states.append(h_BTD if depth_BT is None else torch.where((depth_BT >= k)[..., None], h_BTD, states[-1]))

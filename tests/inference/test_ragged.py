@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lightning_mue.inference import ragged
-from lightning_mue.inference.ragged import attend, from_bfloat16, to_bfloat16
+from lightning_mue.inference.bfloat16 import from_bfloat16, to_bfloat16
+from lightning_mue.inference.ragged import attend
 
 MASKED = np.finfo(np.float32).min
 ROUNDED = [0x3F80, 0x3F80, 0x3F82, 0xFF80, 0x7FC0]
@@ -31,13 +32,15 @@ def case(batch, heads, positions, d, pairs, seed=0):
     return queries, keys, values
 
 
-def reference(queries, keys, values, rows, lengths, bias=None):
+def reference(queries, keys, values, rows, lengths, bias=None, back=None):
     found = np.empty(queries.shape)
     for n, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         for head in range(queries.shape[1]):
             scores = keys[row, head, :length].astype(np.float64) @ queries[n, head].astype(np.float64)
             if bias is not None:
                 scores = scores + bias[row, :length]
+            if back is not None:
+                scores = scores + [back[head, length - 1 - t] for t in range(length)]
             weights = np.exp(scores - scores.max())
             found[n, head] = weights @ values[row, head, :length].astype(np.float64) / weights.sum()
     return found
@@ -92,6 +95,17 @@ def test_what_the_bias_masks_has_no_weight_at_all(masked):
     assert off(attend(queries, keys, values, rows, lengths, bias), expected) <= 2e-6
     values[:, :, ::3] = 1e30
     assert off(attend(queries, keys, values, rows, lengths, bias), expected) <= 2e-6
+
+
+@pytest.mark.parametrize("d", [16, 64])
+def test_a_bias_of_how_far_back_a_position_is(d):
+    """Of each head; beside one of each row, and among pairs of one row that see more and less."""
+    rows, lengths = [2, 0, 0, 1, 1], [30, 29, 30, 11, 1]
+    queries, keys, values = case(3, 2, 30, d, 5)
+    bias, back = (np.random.default_rng(1).standard_normal((n, 30)).astype(np.float32) * 3 for n in (3, 2))
+    for of_row in (None, bias):
+        expected = reference(queries, keys, values, rows, lengths, of_row, back)
+        assert off(attend(queries, keys, values, rows, lengths, of_row, back_HT=back), expected) <= 5e-6
 
 
 def test_the_largest_score_is_taken_off():
@@ -196,6 +210,8 @@ WRONG = {
     "a row more": ({"rows_N": [0, 1, 1]}, ValueError, r"\(3,\) and \(2,\)"),
     "a length less": ({"lengths_N": [6]}, ValueError, r"\(2,\) and \(1,\)"),
     "bias of other length": ({"bias_BT": np.zeros((2, 5), np.float32)}, ValueError, r"\(2, 5\)"),
+    "distances of other length": ({"back_HT": np.zeros((3, 5), np.float32)}, ValueError, r"\(3, 5\)"),
+    "double distances": ({"back_HT": np.zeros((3, 6))}, TypeError, "must be float32"),
     "out of other shape": ({"out_NHd": np.zeros((1, 3, 8), np.float32)}, ValueError, r"\(1, 3, 8\)"),
     "a view of keys": ({"keys_BHTd": np.zeros((2, 3, 9, 8), np.float32)[:, :, :6]}, ValueError, "must be contiguous"),
     "row too large": ({"rows_N": [0, 2]}, ValueError, r"rows must be 0 \.\. 1, .*; pair 1 has 2 and 6"),
@@ -256,8 +272,9 @@ assert not ragged.COMPILED
 ones = np.ones((1, 1, 4), np.float32)
 print(ragged.attend(ones, ones[None], ones[None], [0], [1], threads=2).tolist())
 x, place = np.array([1, 1 + 2**-8, 1 + 3 * 2**-8, -np.inf, np.nan], np.float32), np.empty(5, np.uint16)
-print(ragged.to_bfloat16(x).tolist())
-ragged.to_bfloat16(x, out=place)
+from lightning_mue.inference.bfloat16 import to_bfloat16
+print(to_bfloat16(x).tolist())
+to_bfloat16(x, out=place)
 print(place.tolist())
 """
     assert run_alone(code, hidden=["numba"]).splitlines() == ["[[[1.0, 1.0, 1.0, 1.0]]]", str(ROUNDED), str(ROUNDED)]

@@ -34,7 +34,7 @@ def test_weights_lie_beside_their_graph():
 def test_a_closed_head_scores_its_tokens_and_bars_all_others(bias):
     chance = np.random.default_rng(0)
     weight, h = (chance.standard_normal(shape).astype(np.float32) for shape in ((30, 8), (5, 8)))
-    head = DecoderSessions([], 2, 9, "float32", 1, weight, bias, lambda: pytest.fail("all were scored"))
+    head = DecoderSessions([], 2, 8, 9, "float32", 1, weight, bias, lambda: pytest.fail("all were scored"))
     found, tokens = head.closed_head([3, 4, 17]), [3, 4, 17]
     expected = h @ weight.T + (0 if bias is None else bias)
     np.testing.assert_allclose(found(h)[:, tokens], expected[:, tokens], rtol=1e-5, atol=1e-5)
