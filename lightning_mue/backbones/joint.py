@@ -1,4 +1,4 @@
-"""The encoder (BART or mBART) over image and text tokens together, as pretrained: stream ``encoder``."""
+"""BART's and mBART's encoder as stream ``encoder``: over a text, or over image and text together as in Florence-2."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ class EncoderLayers:
     """What every stream through the encoder's layers shares.
 
     Args:
-        model: the ``Florence2Model``.
+        encoder: the ``BartEncoder`` or ``MBartEncoder``.
     """
 
-    def __init__(self, model: Any) -> None:
-        encoder = model.language_model.encoder
-        self._model, self._layers, self._norm = model, encoder.layers, final_norm(encoder)
+    def __init__(self, encoder: Any) -> None:
+        self._encoder, self._layers, self._norm = encoder, encoder.layers, final_norm(encoder)
         self.num_layers, self.width = len(self._layers), encoder.config.d_model
 
     def call(self, k: int, state: StreamState) -> LayerCall:
@@ -51,10 +50,35 @@ def encoder_call(module: nn.Module, *tensors: Tensor | None) -> LayerCall:
     return LayerCall(module, given, tuple((0, 3) if tensor.ndim == 4 else (0, 1) for tensor in given))
 
 
-class JointEncoderStream(EncoderLayers):
-    """All tokens through the encoder's layers, every one attending to every other."""
+class BartEncoderStream(EncoderLayers):
+    """A text through the encoder's layers."""
 
     name = "encoder"
+
+    def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
+        """Embeddings of tokens and positions."""
+        ids, valid_BT = inputs["input_ids"], self.valid(inputs)
+        h_BTD = _with_positions(self._encoder, ids, self._encoder.embed_tokens(ids))
+        return StreamState(h_BTD, valid_BT, additive_mask(valid_BT, h_BTD.dtype))
+
+    def valid(self, inputs: Inputs) -> Tensor | None:
+        """Return True at real tokens, ``[B, T]``; None if all are."""
+        valid = inputs.get("attention_mask")
+        return None if valid is None else valid.bool()
+
+
+class JointEncoderStream(EncoderLayers):
+    """All tokens through the encoder's layers, every one attending to every other.
+
+    Args:
+        model: the ``Florence2Model``.
+    """
+
+    name = "encoder"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model.language_model.encoder)
+        self._model = model
 
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
         """Splice the image features into the prompt's embeddings and add positions."""
@@ -67,16 +91,19 @@ class JointEncoderStream(EncoderLayers):
 def joint_embedding(model: Any, inputs: Inputs, features_BND: Tensor | None) -> Tensor:
     """Return what enters the encoder's first layer, ``[B, S, D]``; without features, placeholders stay as they are."""
     ids = inputs["input_ids"]
-    if ids.shape[1] > (most := model.config.text_config.max_position_embeddings):
-        raise ValueError(
-            f"The prompt has {ids.shape[1]} tokens, image tokens included; the encoder's `max_position_embeddings` is "
-            f"{most}."
-        )
     h_BSD = model.get_input_embeddings()(ids)
     if features_BND is not None:
         features = features_BND.to(h_BSD.dtype)
         spots = model.get_placeholder_mask(ids, inputs_embeds=h_BSD, image_features=features)
         h_BSD = h_BSD.masked_scatter(spots, features)
-    encoder = model.language_model.encoder
-    h_BSD = encoder.layernorm_embedding(h_BSD + encoder.embed_positions(ids))
-    return nn.functional.dropout(h_BSD, p=encoder.dropout, training=encoder.training)
+    return _with_positions(model.language_model.encoder, ids, h_BSD)
+
+
+def _with_positions(encoder: Any, ids_BT: Tensor, h_BTD: Tensor) -> Tensor:
+    if ids_BT.shape[1] > (most := encoder.config.max_position_embeddings):
+        raise ValueError(
+            f"The prompt has {ids_BT.shape[1]} tokens, those of an image included; the encoder's "
+            f"`max_position_embeddings` is {most}."
+        )
+    h_BTD = encoder.layernorm_embedding(h_BTD + encoder.embed_positions(ids_BT))
+    return nn.functional.dropout(h_BTD, p=encoder.dropout, training=encoder.training)

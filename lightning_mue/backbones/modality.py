@@ -17,9 +17,17 @@ from lightning_mue.backbones.stream import EncoderKind, Inputs, LayerCall, Outpu
 
 
 class ImageStream(EncoderLayers):
-    """The image tokens alone through the encoder's layers."""
+    """The image tokens alone through the encoder's layers.
+
+    Args:
+        model: the ``Florence2Model``.
+    """
 
     name = "image"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model.language_model.encoder)
+        self._model = model
 
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
         """Image features with their positions in the joint sequence."""
@@ -38,7 +46,8 @@ class TextStream(EncoderLayers):
     name = "text"
 
     def __init__(self, model: Any, reads_image: bool) -> None:
-        super().__init__(model)
+        super().__init__(model.language_model.encoder)
+        self._model = model
         self._reads_image, self._prenorm = reads_image, is_prenorm(model.language_model.encoder)
 
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
