@@ -13,10 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BlipForConditionalGeneration, BlipForQuestionAnswering, VisionEncoderDecoderModel
+from transformers import (
+    BlipForConditionalGeneration,
+    BlipForQuestionAnswering,
+    T5ForConditionalGeneration,
+    UdopForConditionalGeneration,
+    VisionEncoderDecoderModel,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_mue.exits import attached
+
+T5_FAMILY = (T5ForConditionalGeneration, UdopForConditionalGeneration)
 
 
 def encoder_kind(model: nn.Module) -> str:
@@ -87,7 +95,7 @@ def left_after(model: Any, stream: str, depth: int):
         with _coca_left_after(model, coca, stream, depth):
             yield
         return
-    owner, name = _layers_at(model, stream)
+    owner, name = layers_at(model, stream)
     exits, layers = attached(model), getattr(owner, name)
 
     def adapt(_layer: nn.Module, _args: Any, output: Any) -> Any:
@@ -111,13 +119,17 @@ def decoder(model: Any) -> Any:
     """Return the module of transformers that holds the decoder's layers."""
     if is_blip(model):
         return model.text_decoder.bert.encoder
+    if isinstance(model, T5_FAMILY):
+        return model.decoder
     if not isinstance(model, VisionEncoderDecoderModel):
         return model.model.language_model.decoder
     return model.decoder.transformer if hasattr(model.decoder, "transformer") else model.decoder.model.decoder
 
 
-def _layers_at(model: Any, stream: str) -> tuple[nn.Module, str]:
+def layers_at(model: Any, stream: str) -> tuple[nn.Module, str]:
     """Return what holds a stream's layers, and under which name."""
+    if isinstance(model, T5_FAMILY):
+        return getattr(model, stream), "block"
     if stream == "decoder":
         return decoder(model), next(name for name in ("h", "layer", "layers") if hasattr(decoder(model), name))
     if is_blip(model):
@@ -135,7 +147,7 @@ def memory(model: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return what the decoder's cross-attention reads, ``[B, S, D]``."""
     if is_blip(model):
         return _blip_memory(model, tensors)
-    start = torch.zeros(len(tensors["pixel_values"]), 1, dtype=torch.long)
+    start = torch.zeros(len(next(iter(tensors.values()))), 1, dtype=torch.long)
     found = model(**inputs(model, tensors), decoder_input_ids=start).encoder_last_hidden_state
     return model.enc_to_dec_proj(found) if hasattr(model, "enc_to_dec_proj") else found
 
@@ -191,7 +203,10 @@ def decoder_states(model: Any, tensors: Mapping[str, Tensor], ids_BT: Tensor) ->
         out = forward(model, inputs(model, tensors), ids_BT, output_hidden_states=True)
         if is_blip(model):
             return [*out.hidden_states[:-1], final_norm(model)(out.hidden_states[-1])], out.logits
-    return list(out.decoder_hidden_states), out.logits
+    states = list(out.decoder_hidden_states)
+    if isinstance(model, T5_FAMILY):
+        states[-1] = states[-1] * model.config.d_model**-0.5  # as the head reads it
+    return states, out.logits
 
 
 def forward(model: Any, given: Mapping[str, Any], ids_BT: Tensor, **settings: Any) -> Any:
@@ -285,6 +300,8 @@ def final_norm(model: Any) -> nn.Module:
         return model.text_decoder.cls.predictions.transform
     if (coca := getattr(model, "coca", None)) is not None:
         return coca.text_decoder.ln_final
+    if isinstance(model, T5_FAMILY):
+        return Scaled(decoder(model).final_layer_norm, model.config.d_model**-0.5)
     norms = [getattr(decoder(model), name, None) for name in ("layer_norm", "ln_f")]
     return next((norm for norm in norms if norm is not None), nn.Identity())
 
@@ -292,6 +309,17 @@ def final_norm(model: Any) -> nn.Module:
 def head(model: Any) -> nn.Module:
     """Return the vocabulary head of a model of transformers."""
     return (model.text_decoder if is_blip(model) else model).get_output_embeddings()
+
+
+class Scaled(nn.Module):
+    """A norm before a head that is the embedding."""
+
+    def __init__(self, norm: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.norm, self.scale = norm, scale
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.norm(h) * self.scale
 
 
 def exit_logits(model: Any, layer: int, h_BTD: Tensor) -> Tensor:

@@ -187,6 +187,74 @@ def picture_inputs(batch: int, seed: int = 0, prompt: int = 0) -> dict[str, Tens
     return {"pixel_values": torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed))}
 
 
+T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 6,
+    "d_ff": 48,
+    "num_layers": 5,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "feed_forward_proj": "gated-gelu",
+    "initializer_factor": 1.0,
+    "pad_token_id": PAD,
+    "eos_token_id": END,
+    "decoder_start_token_id": START,
+}
+"""Heads are not the width together, and answers outgrow the distances that a bias tells apart. (transformers' own
+``generate`` makes its cache as long as the encoder, so the decoder is no deeper.)"""
+
+
+def tiny_t5() -> nn.Module:
+    """A head that is the embedding, and so scaled."""
+    ids = {"decoder_start_token_id": START, "eos_token_id": END, "pad_token_id": PAD}
+    return talkative(build_backbone({"model_type": "t5", **T5, "generation_config": ids | {"max_new_tokens": 12}}))
+
+
+@torch.no_grad()
+def talkative(model: Any) -> nn.Module:
+    """Let a T5's layers and biases say more than its embeddings, or it repeats the last token."""
+    for name, parameter in model.named_parameters():
+        if "relative_attention_bias" in name:
+            parameter.mul_(8)
+        elif parameter.ndim > 1:
+            parameter.mul_(0.6 if name.startswith("shared") else 1.5)
+    model.decoder.final_layer_norm.weight.mul_(3)  # and be sure of some tokens, but seldom of the end
+    model.shared.weight[END] *= 0.7
+    return model
+
+
+def text_inputs(batch: int, seed: int = 0, prompt: int = 16) -> dict[str, Tensor]:
+    """Prompts of random lengths, padded on the right."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY, (batch, prompt), generator=g)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        short = int(torch.randint(2, prompt + 1, (1,), generator=g))
+        ids[row, short:], mask[row, short:] = PAD, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def tiny_udop() -> nn.Module:
+    """Pages of 4 x 4 patches."""
+    ids = {"decoder_start_token_id": START, "eos_token_id": END, "pad_token_id": PAD}
+    page: dict[str, Any] = {"image_size": 64, "patch_size": 16, "max_2d_position_embeddings": 50}
+    line = {"type": "1d", "relative_attention_num_buckets": 8, "max_distance": 12}  # its weights are the first block's
+    page["relative_bias_args"] = [line, {"type": "horizontal"}, {"type": "vertical"}]
+    config = {"model_type": "udop", **T5, **page, "generation_config": ids | {"max_new_tokens": 12}}
+    return talkative(build_backbone(config))
+
+
+def page_inputs(batch: int, seed: int = 0, prompt: int = 10) -> dict[str, Tensor]:
+    """Words at random places, of which the first, a special token, has none; and pages."""
+    g, words = torch.Generator().manual_seed(seed), text_inputs(batch, seed, prompt)
+    corner, size = torch.rand(batch, prompt, 2, generator=g) * 0.8, torch.rand(batch, prompt, 2, generator=g) * 0.2
+    boxes = torch.cat([corner, corner + size], -1) * words["attention_mask"][..., None]
+    boxes[:, 0] = 0
+    return words | {"bbox": boxes, "pixel_values": torch.randn(batch, 3, 64, 64, generator=g)}
+
+
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
     "florence2": (
         tiny_florence2,
@@ -218,6 +286,8 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tens
         prompted_inputs,
         {"vision": [1, 3], "encoder": [1, 2, 3], "decoder": [1, 2, 4]},
     ),
+    "t5": (tiny_t5, text_inputs, {"encoder": [1, 3], "decoder": [1, 2, 4]}),
+    "udop": (tiny_udop, page_inputs, {"encoder": [1, 3], "decoder": [1, 2, 4]}),
 }
 """Name -> model, inputs, and what its ``ExitConfig`` says."""
 
@@ -245,7 +315,7 @@ def inputs(name: str, batch: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def reads_prompts(name: str) -> bool:
-    """Whether an encoder reads a prompt beside the picture."""
+    """Whether an encoder reads a prompt."""
     return "input_ids" in inputs(name, 1)
 
 
@@ -254,10 +324,15 @@ def image_tokens(name: str) -> int:
     return IMAGE_TOKENS if name.startswith("florence2") else 0
 
 
+def has_vision(name: str) -> bool:
+    """Whether a stream is of the picture alone."""
+    return "vision" in exit_layers(name)
+
+
 def alone(tensors: dict[str, Tensor], row: int) -> dict[str, Tensor]:
-    """Return one row without its padding."""
+    """Return one row without its padding; with it, where patches follow the words: their distance is of the model."""
     one = {k: v[row : row + 1] for k, v in tensors.items()}
-    if "attention_mask" not in one:
+    if "attention_mask" not in one or "bbox" in one:
         return one
     keep = one["attention_mask"][0].bool()
     return one | {k: one[k][:, keep] for k in ("input_ids", "attention_mask")}

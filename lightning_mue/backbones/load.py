@@ -13,24 +13,31 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoModelForVisualQuestionAnswering,
     BlipForConditionalGeneration,
     BlipForQuestionAnswering,
     GenerationConfig,
     PreTrainedConfig,
+    UdopForConditionalGeneration,
     VisionEncoderDecoderModel,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from lightning_mue.backbones.udop import UNREAD as UDOP_UNREAD
 from lightning_mue.backbones.view import EXITS, unwrapped
 
 _COCA = "open_clip_coca"
 OPEN_CLIP = "open_clip:"
 """Prefix of what open_clip knows by name."""
-_UNREAD = "encoder.pooler."
-"""Prefix of weights that a ``VisionEncoderDecoderModel`` has and never reads. Published ones lack them, so they are
-others each time such a model is loaded."""
+_OF_TEXT = ("t5", "bart", "mbart")
+"""Types of models that read no picture."""
+_UNREAD: dict[type[nn.Module], tuple[str, ...]] = {
+    VisionEncoderDecoderModel: ("encoder.pooler.",),
+    UdopForConditionalGeneration: UDOP_UNREAD,
+}
+"""Prefixes of weights that are never read. Published models lack them, so each loading would give others."""
 
 
 def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
@@ -54,7 +61,7 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
     if isinstance(source, str):
         if source.startswith(OPEN_CLIP):
             return _open_clip(source.removeprefix(OPEN_CLIP))
-        if (config := Path(source, "config.json")).is_file() and _COCA in config.read_text(encoding="utf-8"):
+        if (kept := Path(source, "config.json")).is_file() and _COCA in kept.read_text(encoding="utf-8"):
             _shell()
         # What is kept in float16 does not train in it; transformers loads into eval mode, which Lightning would keep.
         auto = _auto_class(AutoConfig.from_pretrained(source))
@@ -87,12 +94,12 @@ def _auto_class(config: PreTrainedConfig) -> Any:
             f"BLIP's `architectures` must be [{BlipForConditionalGeneration.__name__}] or "
             f"[{BlipForQuestionAnswering.__name__}], got {named}; others have no decoder that answers."
         )
-    return AutoModelForImageTextToText
+    return AutoModelForSeq2SeqLM if config.model_type in _OF_TEXT else AutoModelForImageTextToText
 
 
 def _is_unread(model: Any, name: str) -> bool:
-    """Whether nothing reads these weights: a pooler that a VisionEncoderDecoderModel's tower has all the same."""
-    return isinstance(model, VisionEncoderDecoderModel) and name.startswith(_UNREAD)
+    """Whether nothing reads these weights, which the model has all the same."""
+    return any(isinstance(model, kind) and name.startswith(prefixes) for kind, prefixes in _UNREAD.items())
 
 
 def _ready(model: Any) -> nn.Module:

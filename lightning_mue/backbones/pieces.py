@@ -18,10 +18,10 @@ class LayerPieces:
     """One decoder layer.
 
     Args:
-        before: states -> query (scaled), key and value of self-attention, each ``[N, D]``.
+        before: states -> query (scaled), key and value of self-attention, each ``[N, heads * d]``.
         between: states, what self-attention read -> states, query (scaled) of cross-attention.
         after: states, what cross-attention read -> states.
-        memory: memory ``[B, S, D]`` -> key and value of cross-attention, each ``[B, heads, S, D / heads]``.
+        memory: memory ``[B, S, D]`` -> key and value of cross-attention, each ``[B, heads, S, d]``.
 
     A layer without cross-attention has neither ``between`` nor ``memory``; ``after`` takes what self-attention read.
     """
@@ -63,6 +63,18 @@ def blip_pieces(layer: Any, heads: int) -> LayerPieces:
         _Between(own.output.dense, own.output.LayerNorm, nothing, cross.self.query, scale),
         _After(cross.output.dense, cross.output.LayerNorm, nothing, mlp, layer.output.LayerNorm),
         _Memory(cross.self.key, cross.self.value, heads),
+    )
+
+
+def t5_pieces(block: Any, heads: int) -> LayerPieces:
+    """Return the pieces of a ``T5Block`` or ``UdopBlock`` of a decoder."""
+    (first, second, third), nothing = block.layer, nn.Identity()
+    own, cross = first.SelfAttention, second.EncDecAttention
+    return LayerPieces(
+        _Before(first.layer_norm, own.q, own.k, own.v, own.scaling),
+        _Between(own.o, nothing, second.layer_norm, cross.q, cross.scaling),
+        _After(cross.o, nothing, third.layer_norm, third.DenseReluDense, nothing),
+        _Memory(cross.k, cross.v, heads),
     )
 
 

@@ -10,11 +10,13 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipForQuestionAnswering,
     Florence2ForConditionalGeneration,
+    PreTrainedModel,
     VisionEncoderDecoderModel,
 )
 
 from lightning_mue.backbones.blip import BlipView
 from lightning_mue.backbones.florence2 import Florence2View
+from lightning_mue.backbones.seq2seq import seq2seq_view
 from lightning_mue.backbones.stream import Backbone, EncoderKind
 from lightning_mue.backbones.vision_encoder_decoder import VisionEncoderDecoderView
 
@@ -69,11 +71,30 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
         return VisionEncoderDecoderView(model)
     if isinstance(model, (BlipForConditionalGeneration, BlipForQuestionAnswering)):
         return BlipView(model)
+    if (found := seq2seq_view(model)) is not None:
+        return found
     if type(model).__name__ in ("CoCa", "CoCaForConditionalGeneration"):
         from lightning_mue.backbones.coca import CoCaView  # open_clip takes seconds to import
 
         return CoCaView(model)
     raise TypeError(
         f"{type(model).__name__} has no view; supported: Florence2ForConditionalGeneration, VisionEncoderDecoderModel, "
-        "BlipForConditionalGeneration, BlipForQuestionAnswering, open_clip's CoCa, and what `register_view` names."
+        "BlipForConditionalGeneration, BlipForQuestionAnswering, UdopForConditionalGeneration, "
+        "T5ForConditionalGeneration, BartForConditionalGeneration, MBartForConditionalGeneration, open_clip's CoCa, "
+        f"and what `register_view` names.{_why(model)}"
     )
+
+
+def _why(model: nn.Module) -> str:
+    """Return what keeps a model out, where it is known."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return ""
+    if model.config.model_type == "t5gemma2":
+        return (
+            " Its decoder reads the memory and the tokens before in one attention, and here a layer's memory is "
+            "projected and kept apart."
+        )
+    text: Any = getattr(model.config, "text_config", model.config)
+    if not getattr(text, "is_encoder_decoder", True):
+        return " Its decoder has no cross-attention: a token that leaves early needs a memory that stays as it is."
+    return ""

@@ -25,6 +25,8 @@ from lightning_mue.portable.names import PROCESSOR
 from lightning_mue.portable.processor import PortableProcessor
 
 RUNTIME: RuntimeName = "onnxruntime"
+_KNOWN = {"pixel_values", "input_ids", "attention_mask", "decoder_prompt"}
+"""What a processor without transformers makes of a picture and a prompt."""
 _NEAR = 1e-3
 """Of the memory's largest number; float32 graphs differ by some 1e-6."""
 _TEXTS = ("what is this ?", " Two  spaces, a comma\u2014and \u00fc\u00e9 \u4e16", "a")
@@ -68,6 +70,12 @@ def _check_able(model: nn.Module, policy: ExitPolicy, processor: Processor | Non
         )
     if one.device.type != "cpu" or one.dtype != torch.float32:
         raise ValueError(f"Graphs are made of models in float32 on the CPU, got {one.dtype} on {one.device}; move it")
+    reads = view(model).generate_inputs
+    if "pixel_values" not in reads or not {*reads} <= _KNOWN:
+        raise ValueError(
+            f"A bundle of graphs answers pictures and prompts, and {type(model).__name__} reads {list(reads)}. Freeze "
+            "it without `runtime`; loaded with torch, it runs in 'onnxruntime' too."
+        )
     if processor is None:
         raise ValueError("A bundle of graphs needs a `processor`: pictures have the size that it makes them")
 

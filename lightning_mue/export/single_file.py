@@ -47,11 +47,12 @@ def export_graphs(
 ) -> list[Path]:
     """Write ``<stream>.onnx`` for each stream before the decoder.
 
-    A file takes by name what its stream reads: inputs of the backbone (``pixel_values``, or ``input_ids`` and
-    ``attention_mask``) and what the files of earlier streams gave (``vision``, or ``image``). It gives what later
-    streams or the decoder read, under the stream's name, and ``depth``, int64 ``[]``: after which layer the batch left.
-    That is the first exit at which the scores of all rows reach its threshold. ``thresholds``, float32 ``[E]``, one for
-    each exit of the stream's rule and ``inf`` where it must not be taken, may be given too; if not, the policy's hold.
+    A file takes by name what its stream reads: inputs of the backbone (``pixel_values``, or ``input_ids``,
+    ``attention_mask`` and ``bbox``) and what the files of earlier streams gave (``vision``, or ``image``). It gives
+    what later streams or the decoder read, under the stream's name, and ``depth``, int64 ``[]``: after which layer the
+    batch left. That is the first exit at which the scores of all rows reach its threshold. ``thresholds``, float32
+    ``[E]``, one for each exit of the stream's rule and ``inf`` where it must not be taken, may be given too; if not,
+    the policy's hold.
     Batch and length of the prompt are free, the size of the picture is not.
 
     Args:
@@ -220,7 +221,8 @@ def _exported(whole: _Whole, given: Mapping[str, Tensor]) -> ModelProto:
     from onnxscript import opset20
 
     free = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
-    shapes = [{0: free[0]} if tensor.is_floating_point() else free for tensor in given.values()]
+    is_fixed = {name: tensor.is_floating_point() and name != "bbox" for name, tensor in given.items()}
+    shapes = [{0: free[0]} if is_fixed[name] else free for name in given]
     thresholds = whole.thresholds()
     exits = [name for k in whole.exits for name in (f"leaves_{k}", f"left_{k}")]
     how: dict[str, Any] = {"dynamo": True, "opset_version": OPSET, "optimize": True, "verbose": False}

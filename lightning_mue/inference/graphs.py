@@ -54,7 +54,7 @@ class Graphs:
         """Return the graph of a module.
 
         Args:
-            module: gets and gives tensors.
+            module: gets and gives tensors; names weights that it never reads in ``unread``, if it has any.
             *examples: what it may be given.
             free: axes of each example that may be of any size; all but the last if not given.
 
@@ -94,7 +94,8 @@ def with_weights(template: bytes, module: nn.Module) -> bytes:
     """
     import onnx
 
-    model, weights = onnx.ModelProto.FromString(template), dict(module.state_dict())
+    model, unread = onnx.ModelProto.FromString(template), getattr(module, "unread", ())
+    weights = {name: tensor for name, tensor in module.state_dict().items() if name not in unread}
     for initializer in model.graph.initializer:
         if (tensor := weights.pop(initializer.name, None)) is not None:
             tensor = tensor.float() if tensor.is_floating_point() else tensor

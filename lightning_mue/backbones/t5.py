@@ -1,0 +1,165 @@
+"""T5 as streams: ``encoder`` and ``decoder``; the blocks of transformers themselves, fed with our K/V buffers.
+
+Blocks are pre-norm, scores are not scaled, and what tells positions apart is a bias of self-attention's scores that
+the first block's weights give and all blocks of a stack share (Raffel et al., JMLR 2020, section 2.1). UDOP's decoder
+and blocks are the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mue.backbones.decoder import LayerCache, NormAndHead
+from lightning_mue.backbones.pieces import LayerPieces, t5_pieces
+from lightning_mue.backbones.stream import Inputs, LayerCall, LayerKV, Outputs, StreamState, additive_mask
+
+
+class T5EncoderStream:
+    """The blocks of a T5's encoder; the bias is part of the mask, the final norm is the epilogue.
+
+    Args:
+        encoder: the backbone's encoder.
+    """
+
+    name = "encoder"
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
+        self.num_layers, self.width = len(encoder.block), encoder.config.d_model
+
+    def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
+        """Embeddings, and the mask: the bias, and the lowest number at padding."""
+        h_BTD = self._encoder.embed_tokens(inputs["input_ids"])
+        size = h_BTD.shape[1]
+        bias = self._encoder.block[0].layer[0].SelfAttention.compute_bias(size, size)
+        return self.masked(h_BTD, self.valid(inputs), bias)
+
+    def masked(self, h_BTD: Tensor, valid_BT: Tensor | None, bias: Tensor) -> StreamState:
+        """Return the state of embeddings, and of a bias ``[1 or B, heads, T, T]``."""
+        hidden = additive_mask(valid_BT, bias.dtype)
+        mask = bias if hidden is None else bias + hidden
+        return StreamState(self._encoder.dropout(h_BTD), valid_BT, mask.expand(len(h_BTD), -1, -1, -1))
+
+    def valid(self, inputs: Inputs) -> Tensor | None:
+        """Return True at the memory's real tokens, ``[B, S]``; None if all are."""
+        valid = inputs.get("attention_mask")
+        return None if valid is None else valid.bool()
+
+    def call(self, k: int, state: StreamState) -> LayerCall:
+        """One block."""
+        assert state.mask is not None
+        return LayerCall(_Block(self._encoder.block[k - 1]), (state.h_BTD, state.mask), ((0, 1), (0, 2, 3)))
+
+    def layer(self, k: int, state: StreamState) -> Tensor:
+        """Run one block."""
+        return self.call(k, state)()
+
+    def epilogue(self, state: StreamState) -> Tensor:
+        """The final norm."""
+        return self._encoder.dropout(self._encoder.final_layer_norm(state.h_BTD))
+
+
+class T5DecoderStream(NormAndHead):
+    """The decoder of a T5 or a UDOP and the head above it.
+
+    Args:
+        decoder: the backbone's decoder.
+        head: the vocabulary head.
+        scale: of what the head reads; models whose head is their embedding have one.
+    """
+
+    max_positions = sys.maxsize
+    """The bias tells far positions apart no more, so there may be any number."""
+
+    def __init__(self, decoder: Any, head: nn.Linear, scale: float) -> None:
+        super().__init__(_FinalNorm(decoder.final_layer_norm, decoder.dropout, scale), head)
+        self._decoder, self._attention = decoder, decoder.block[0].layer[0].SelfAttention
+        self.num_layers, self.width = len(decoder.block), decoder.config.d_model
+        self.num_heads, self.head_dim = decoder.config.num_heads, decoder.config.d_kv
+        self.memory_width = self.width
+
+    def embed_at(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:
+        """Token embeddings, which know no positions."""
+        return self._decoder.dropout(self._decoder.embed_tokens(ids_BT))
+
+    def distance_bias(self) -> Tensor:
+        """The first block's bias, as all blocks add it."""
+        most = self._attention.relative_attention_max_distance
+        bias = self._attention.compute_bias(1, most + 1, past_seen_tokens=most)
+        return bias[0, :, 0].flip(-1)
+
+    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of layer ``k``'s self-attention, of its normed input."""
+        part = self._decoder.block[k - 1].layer[0]
+        return self._project(part.SelfAttention, part.layer_norm(h_BTD))
+
+    def memory_kv(self, k: int, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of layer ``k``'s cross-attention."""
+        return self._project(self._decoder.block[k - 1].layer[1].EncDecAttention, memory_BSD)
+
+    def cached_layer(
+        self, k: int, h_BTD: Tensor, kv: LayerKV, self_mask: Tensor | None, memory_mask: Tensor | None
+    ) -> Tensor:
+        """The block itself; its K/V come from and go to ``kv``."""
+        # The states stand for the memory, whose K/V are in the cache: they only tell the block that there is one.
+        return self._run(k, h_BTD, h_BTD, self_mask, memory_mask, LayerCache(k, kv))
+
+    def layer(
+        self, k: int, h_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor | None, memory_mask: Tensor | None
+    ) -> Tensor:
+        """The block itself, without a cache."""
+        return self._run(k, h_BTD, memory_BSD, self_mask, memory_mask, None)
+
+    def pieces(self, k: int) -> LayerPieces:
+        """Layer ``k`` cut at its attentions."""
+        return t5_pieces(self._decoder.block[k - 1], self.num_heads)
+
+    def _run(
+        self,
+        k: int,
+        h_BTD: Tensor,
+        memory_BSD: Tensor,
+        self_mask: Tensor | None,
+        memory_mask: Tensor | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        no_bias = h_BTD.new_zeros(())  # the mask holds it already
+        given = (self_mask, no_bias, memory_BSD, memory_mask)
+        result_BTD: Tensor = self._decoder.block[k - 1](h_BTD, *given, past_key_values=cache)[0]
+        return result_BTD
+
+    def _project(self, attention: Any, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (*h_BTD.shape[:2], self.num_heads, self.head_dim)
+        key, value = (proj(h_BTD).view(shape).transpose(1, 2) for proj in (attention.k, attention.v))
+        return key, value
+
+
+class _Block(nn.Module):
+    """An encoder's block; its mask holds the bias already."""
+
+    unread = ("block.layer.0.SelfAttention.relative_attention_bias.weight",)
+    """The first block's weights that the mask is made of."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, h_BTD: Tensor, mask: Tensor) -> Tensor:
+        result_BTD: Tensor = self.block(h_BTD, mask, torch.zeros((), dtype=mask.dtype, device=mask.device))[0]
+        return result_BTD
+
+
+class _FinalNorm(nn.Module):
+    """What lies between the last block and the head."""
+
+    def __init__(self, norm: nn.Module, dropout: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.norm, self.dropout, self.scale = norm, dropout, scale
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        normed_BTD: Tensor = self.dropout(self.norm(h_BTD))
+        return normed_BTD * self.scale
