@@ -42,7 +42,7 @@ class T5EncoderStream:
         """Return the state of embeddings, and of a bias ``[1 or B, heads, T, T]``."""
         hidden = additive_mask(valid_BT, bias.dtype)
         mask = bias if hidden is None else bias + hidden
-        return StreamState(self._encoder.dropout(h_BTD), valid_BT, mask.expand(len(h_BTD), -1, -1, -1))
+        return StreamState(self._encoder.dropout(h_BTD), valid_BT, mask.expand(h_BTD.shape[0], -1, -1, -1))
 
     def valid(self, inputs: Inputs) -> Tensor | None:
         """Return True at the memory's real tokens, ``[B, S]``; None if all are."""

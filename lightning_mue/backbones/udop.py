@@ -62,7 +62,8 @@ class UdopEncoderStream:
         if valid_BT is None or inputs.get("pixel_values") is None:
             return valid_BT
         free_BP = ~self._covered(self._patch_of(inputs["bbox"]))
-        return torch.cat([valid_BT, free_BP.sort(dim=1, descending=True).values], 1)
+        at_P = torch.arange(free_BP.shape[1], device=free_BP.device)
+        return torch.cat([valid_BT, at_P < free_BP.sum(1, keepdim=True)], 1)
 
     def _with_patches(self, h_BTD: Tensor, box_BT4: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states and boxes of words and, after them, of the patches under no word, and zeros to the end."""
@@ -72,7 +73,8 @@ class UdopEncoderStream:
         nowhere_BT = (box_BT4.mean(-1) == 0) | (box_BT4.mean(-1) == 1)  # special tokens and padding
         under_BTD = patch_BPD.gather(1, _wide(at_BT, patch_BPD)).masked_fill(nowhere_BT[..., None], 0)
         covered_BP = self._covered(at_BT)
-        order_BP = covered_BP.to(torch.uint8).argsort(dim=1, stable=True)
+        at_P = torch.arange(covered_BP.shape[1], device=covered_BP.device)
+        order_BP = torch.where(covered_BP, at_P + len(at_P), at_P).argsort(1)
         gone_BP1 = covered_BP.gather(1, order_BP)[..., None]
         config = self._encoder.config
         grid_P4 = get_visual_bbox(config.image_size, config.patch_size).to(box_BT4)
@@ -90,7 +92,7 @@ class UdopEncoderStream:
 
     def _covered(self, at_BT: Tensor) -> Tensor:
         """Return True at patches under a word, padding's too, ``[B, P]``."""
-        none_BP = torch.zeros(len(at_BT), self._side**2, dtype=torch.bool, device=at_BT.device)
+        none_BP = torch.zeros(at_BT.shape[0], self._side**2, dtype=torch.bool, device=at_BT.device)
         return none_BP.scatter(1, at_BT, torch.ones_like(at_BT, dtype=torch.bool))
 
 

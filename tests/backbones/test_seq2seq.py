@@ -36,22 +36,20 @@ def old_t5(**changed):
     return zoo.talkative(build_backbone(config | changed)).requires_grad_(False).eval()
 
 
-@pytest.mark.parametrize(
-    ("runtime", "changed"), [("torch", {"tie_word_embeddings": False}), ("torch", {}), ("onnxruntime", {})]
-)
-def test_other_t5s_say_what_transformers_says(runtime, changed):
+@pytest.mark.parametrize("changed", [{}, {"tie_word_embeddings": False}], ids=["scaled", "as T5 1.1"])
+def test_other_t5s_say_what_transformers_says(changed):
     """T5 1.1 says by its untied head that what it reads is not scaled; transformers ties it all the same."""
     model, tensors = old_t5(**changed), zoo.text_inputs(3)
     assert model.config.scale_decoder_outputs == (not changed)
     again = build_backbone(backbone_config(model))
     assert again.config.scale_decoder_outputs == model.config.scale_decoder_outputs
-    out, executor = ExitEngine(model, ExitPolicy.full_depth(), runtime=runtime).run(12, None, False, tensors)
+    out, executor = ExitEngine(model, ExitPolicy.full_depth()).run(12, None, False, tensors)
     assert out.sequences.tolist() == reference.generate(model, tensors).tolist()
     assert len({*out.sequences.flatten().tolist()}) > 3
     ids = out.sequences[:, :-1]
     expected = model(**tensors, decoder_input_ids=ids).logits
     for t in range(ids.shape[1]):
-        found = torch.as_tensor(executor.exit_logits(3, slice(None) if runtime == "torch" else [0, 1, 2], t))
+        found = executor.exit_logits(3, slice(None), t)
         going = (ids[:, 1 : t + 1] != zoo.END).all(1)
         torch.testing.assert_close(found[going], expected[going, t], rtol=1e-3, atol=1e-3)
 
@@ -150,7 +148,7 @@ def test_barts_that_read_text_alone(kind, tmp_path):
     assert len({token for row in expected for token in row}) > 2
     model.save_pretrained(tmp_path)
     for same in (model, build_backbone(str(tmp_path)).eval()):
-        for runtime in ("torch", "onnxruntime"):
+        for runtime in ("torch", "onnxruntime")[: 2 if kind == "bart" else 1]:
             engine = ExitEngine(same, ExitPolicy.full_depth(), runtime=runtime)
             assert engine.generate(**tensors, max_new_tokens=9).sequences.tolist() == expected
     attach_exits(model, ExitConfig(encoder=[1, 2], decoder=[1, 2]))

@@ -232,10 +232,11 @@ def test_files_are_sound_and_hold_each_weight_once(exported):
 def test_weights_may_lie_beside_a_graph(exported, tmp_path, monkeypatch):
     name, paths = exported
     monkeypatch.setattr(single_file, "LARGEST", 1000)
-    path, tensors = single_file._saved(onnx.load(paths[0]), tmp_path / "vision.onnx"), inputs(name, 1)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["vision.onnx", "vision.onnx.data"]
+    stream, tensors = paths[0].stem, inputs(name, 1)
+    path = single_file._saved(onnx.load(paths[0]), tmp_path / f"{stream}.onnx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{stream}.onnx", f"{stream}.onnx.data"]
     assert path.stat().st_size < paths[0].stat().st_size / 2
-    assert_same(by_graphs({"vision": session_of(path)}, tensors), *by_engine(name, ExitPolicy.full_depth(), tensors))
+    assert_same(by_graphs({stream: session_of(path)}, tensors), *by_engine(name, ExitPolicy.full_depth(), tensors))
 
 
 def test_thresholds_that_hold_for_good(tmp_path):
