@@ -74,12 +74,13 @@ def test_streams_and_whole_answers_are_what_a_counter_counts(name, depth):
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
     work, lengths = model_work(model, given), (out.exit_depths["decoder"] > 0).sum(1).tolist()
-    last = view(model).decoder.num_layers
+    decoder = view(model).decoder
+    last, inside = decoder.num_layers, decoder.num_heads * decoder.head_dim
     depths = [[depth or last] * length for length in lengths]
     runs = answer_runs(
         work.streams, work.decoder, {stream: out.exit_depths[stream].tolist() for stream in names}, depths
     )
-    before = sum((depth or last) * 2 * WIDTH * t for length in lengths for t in range(length))
+    before = sum((depth or last) * 2 * inside * t for length in lengths for t in range(length))
     adapters = 0 if depth is None else sum(lengths) * 2 * WIDTH * 8
     assert macs(runs) + before + adapters == counter.get_total_flops() / 2
 
