@@ -126,7 +126,8 @@ class EarlyExit:
         memory_RSD: Tensor = outputs.last_hidden_state
         if not isinstance(outputs, Memory):
             memory_RSD = engine.backbone.memory({_last_encoder(engine): memory_RSD})
-        valid_RS = model_kwargs.get("attention_mask")
+        valid_RS = getattr(outputs, "attention_mask", None)  # UDOP's, whose memory is longer than its words
+        valid_RS = model_kwargs.get("attention_mask") if valid_RS is None else valid_RS
         mask = additive_mask(None if valid_RS is None else valid_RS.bool(), memory_RSD.dtype)
         steps = generation_config.max_length - input_ids.shape[1]
         processors: list[TokenProcessor] = []
