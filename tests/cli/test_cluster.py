@@ -81,9 +81,24 @@ def test_torchrun(run, calibrated_once):
     command = [*launcher, "-m", "lightning_mue.cli", "calibrate", "-c", run / "recipe.yaml", "-c", DDP]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*map(str, command), "--trainer.devices", "2"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    try:
+        code, said = in_time(command, environment, 150)
+    except subprocess.TimeoutExpired:  # seen once, beside another run of ranks; what was recorded is kept
+        code, said = in_time(command, environment, 150)
+    assert code == 0, said[-3000:]
     assert_the_same(run, calibrated_once)
+
+
+def in_time(command, environment, seconds):
+    """Run a command; if it takes too long, end it with all the processes that it started."""
+    how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **how) as process:
+        try:
+            _, said = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, said
 
 
 def breaking(name, rank, how):
