@@ -35,7 +35,9 @@ class SplitReader:
         """Give the batches of the split, less the samples that are named; ``doing`` is said beside the progress."""
         shown = self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None
         total, known = sum(self._trainer.num_val_batches), set(without)
-        for batch in track(self._batches(), description=doing, total=total, disable=not shown):
+        # No thread may draw it: loaders fork their workers inside, and a fork copies locks that a thread holds.
+        batches = track(self._batches(), doing, total, auto_refresh=False, disable=not shown)
+        for batch in batches:
             batch = self._keys.read(batch, self._wanted)
             certifies = in_split(self._trainer, batch, "certify")
             wanted = [
