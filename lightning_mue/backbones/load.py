@@ -78,9 +78,10 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
         model.generation_config = GenerationConfig(**generation)
     model = _ready(model)
     if position_std is not None:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Embedding) and "position" in name:
-                nn.init.normal_(module.weight, std=position_std)
+        embedded = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        for name, parameter in model.named_parameters():
+            if name.endswith("position_embeddings") or ("position" in name and name in embedded):
+                nn.init.normal_(parameter, std=position_std)
     return model
 
 
