@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_mue.policy import ExitPolicy
@@ -144,6 +144,12 @@ def _generate(args: Sequence[str]) -> None:
     parser.add_argument(
         "--decoder_prompt", help="text that the decoder reads before it answers, where a model asks for one"
     )
+    parser.add_argument(
+        "--words",
+        action="append",
+        help='JSON of the words on a picture, for a model that reads them: [{"text": ..., "box": [left, top, right, '
+        "bottom]}], in thousandths of the page; one for each --image",
+    )
     parser.add_argument("--group", help="group of the sample, where a policy leaves early for some groups alone")
     parser.add_argument("--max_new_tokens", type=int, default=None)
     parser.add_argument("--runtime", help="torch, onnxruntime (the same answers, on CPUs often faster) or auto")
@@ -154,14 +160,16 @@ def _generate(args: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of --sample")
     found = parser.parse_args(args)
     from lightning_mue.export import load
-    from lightning_mue.picture_files import read_pictures
+    from lightning_mue.picture_files import read_pages, read_pictures
 
     how = {name: getattr(found, name) for name in ("temperature", "top_k", "top_p", "seed")}
     engine, pictures = load(found.bundle, runtime=found.runtime), read_pictures(found.image)
-    given = (None if text is None else [text] * len(pictures) for text in (found.decoder_prompt, found.group))
+    given: dict[str, Any] = {"decoder_prompts": found.decoder_prompt, "groups": found.group}
+    given = {name: [text] * len(pictures) for name, text in given.items() if text is not None}
+    given["words"] = None if found.words is None else read_pages(found.words)
     prompt = found.prompt or ("what does the picture show ?" if engine.reads_prompts else "")
     for answer in engine.answer(
-        pictures, [prompt] * len(pictures), found.max_new_tokens, *given, do_sample=found.sample, **how
+        pictures, [prompt] * len(pictures), found.max_new_tokens, do_sample=found.sample, **given, **how
     ):
         print(answer)
 

@@ -1,4 +1,4 @@
-"""Decoder prompts: tokens that the decoder is given before it answers, as OFA, Donut and BLIP use them.
+"""What a model reads beside a picture: decoder prompts, as OFA, Donut and BLIP use them, and words on a page (UDOP).
 
 All of it takes tensors or arrays.
 """
@@ -10,6 +10,33 @@ from typing import Any
 
 IGNORE = -100
 """Fills up rows of prompts and of labels; no loss counts it."""
+Word = tuple[str, tuple[float, float, float, float]]
+"""A text that stands on a page, and its box: left, top, right and bottom in thousandths of width and height."""
+
+
+def read_words(found: object) -> tuple[Word, ...]:
+    """Make words of JSON, ``[{"text": "TOTAL", "box": [98, 589, 270, 609]}, ...]``; empty texts are left out.
+
+    Raises:
+        ValueError: something else, a box that is none, or no word.
+    """
+    if not isinstance(found, list) or not all(isinstance(one, dict) and {"text", "box"} <= {*one} for one in found):
+        raise ValueError(f"the words must be a list of mappings with `text` and `box`, got {str(found)[:60]!r}")
+    words = []
+    for one in found:
+        box = one["box"]
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)):
+            raise ValueError(f"the box of {one['text']!r} must be 4 numbers, got {box!r}")
+        left, top, right, bottom = box
+        if not (0 <= left <= right <= 1000 and 0 <= top <= bottom <= 1000):
+            raise ValueError(
+                f"the box of {one['text']!r} must be left, top, right and bottom in thousandths of the page, got {box}"
+            )
+        if isinstance(one["text"], str) and one["text"].strip():
+            words.append((" ".join(one["text"].split()), (left, top, right, bottom)))
+    if not words:
+        raise ValueError("the page has no words")
+    return tuple(words)
 
 
 def read_prompts(inputs: Mapping[str, Any], rows: int, start_id: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,14 +18,17 @@ from transformers import (
     CLIPProcessor,
     DetrImageProcessor,
     Florence2Processor,
+    LayoutLMv3ImageProcessor,
     PreTrainedTokenizerFast,
+    UdopProcessor,
+    UdopTokenizer,
 )
 
-from lightning_mue.prompt import IGNORE
+from lightning_mue.prompt import IGNORE, Word
 
 
 class Processor:
-    """A processor of Florence-2, CLIP, TrOCR, BLIP or any of that form: pictures, prompts, answers.
+    """A processor of Florence-2, CLIP, TrOCR, BLIP, UDOP or any of that form: pictures, prompts, answers.
 
     Args:
         processor: transformers' processor.
@@ -34,13 +38,28 @@ class Processor:
         self.processor = processor
         self.tokenizer = processor.tokenizer
 
-    def __call__(self, images: Sequence[Image.Image], text: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(
+        self, images: Sequence[Image.Image], text: Sequence[str], words: Sequence[Sequence[Word]] | None = None
+    ) -> dict[str, Tensor]:
         """Return ``pixel_values [B, 3, H, W]``, ``input_ids [B, S]`` and ``attention_mask [B, S]``.
 
-        A ``TrOCRProcessor`` gives the first alone: its model reads no prompt.
+        A ``TrOCRProcessor`` gives the first alone: its model reads no prompt. A ``UdopProcessor`` reads the words of
+        each page and gives ``bbox [B, S, 4]`` too, between 0 and 1.
+
+        Raises:
+            ValueError: no words for a model that reads them, or words for another.
         """
         pictures = [image.convert("RGB") for image in images]
-        found = dict(self.processor(images=pictures, text=list(text), return_tensors="pt", padding=True))
+        if (words is not None) != isinstance(self.processor, UdopProcessor):
+            name = type(self.processor).__name__
+            raise ValueError(f"a {name} reads {'no words of a page' if words else 'the words of a page: give `words`'}")
+        given: dict[str, Any] = {}
+        if words is not None:
+            given["text_pair"] = [[text for text, _ in page] for page in words]
+            given["boxes"] = [[[round(x) for x in box] for _, box in page] for page in words]
+        found = dict(self.processor(images=pictures, text=list(text), return_tensors="pt", padding=True, **given))
+        if words is not None:
+            found["bbox"] = found["bbox"] / 1000
         found.pop("labels", None)  # the prompts, as TrOCR's and Donut's processors give them back
         return found
 
@@ -50,7 +69,7 @@ class Processor:
         A pretrained tokenizer frames them as its model knows them (BART's answers begin with ``<s>``); of CLIP's and
         BLIP's frame the start is left out, for it stands before the answer.
         """
-        words, ids = self.tokenizer, self.tokenizer(list(text))["input_ids"]
+        words, ids = self.tokenizer, self._ids(text)
         end = words.sep_token_id if words.eos_token_id is None else words.eos_token_id  # BERT's, which BLIP has
         if isinstance(self.processor, (CLIPProcessor, BlipProcessor)):
             frame = (words.bos_token_id, words.cls_token_id)
@@ -60,9 +79,15 @@ class Processor:
 
     def decoder_prompts(self, text: Sequence[str]) -> Tensor:
         """Return the token ids of decoder prompts, without start and end tokens, padded with -100: ``[B, P]``."""
-        ids = self.tokenizer(list(text), add_special_tokens=False)["input_ids"]
+        ids = self._ids(text, add_special_tokens=False)
         rows = [torch.tensor(row, dtype=torch.long) for row in ids]  # an empty row would be made of floats
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
+
+    def _ids(self, text: Sequence[str], **how: Any) -> list[list[int]]:
+        # UDOP's tokenizer asks for boxes of whatever is no target.
+        name = "text_target" if isinstance(self.tokenizer, UdopTokenizer) else "text"
+        ids: list[list[int]] = self.tokenizer(**{name: list(text)}, **how)["input_ids"]
+        return ids
 
     def decode(self, sequences: Tensor) -> list[str]:
         """Return the texts of token ids ``[B, T]`` without special tokens."""
@@ -106,16 +131,21 @@ class Processor:
 def build_processor(
     tokenizer_json: str, image_size: int | Sequence[int], image_tokens: int, keep_aspect: bool = False
 ) -> Processor:
-    """Return a Florence-2 processor around a trained tokenizer, or a CLIP processor where prompts hold no picture.
+    """Return a processor around a trained tokenizer: Florence-2's, CLIP's where prompts hold no picture, or UDOP's.
 
     Args:
-        tokenizer_json: from ``lightning_mue.data.tokenizer.train_tokenizer`` (special tokens ``<pad> <s> </s> <unk>
-            <image>``).
+        tokenizer_json: from ``lightning_mue.data.tokenizer``: ``train_tokenizer`` (special tokens ``<pad> <s> </s>
+            <unk> <image>``), or ``train_pieces``, which UDOP reads.
         image_size: pictures are resized to this many pixels a side, or to ``[height, width]``.
         image_tokens: tokens that the backbone's projector makes of a picture, among those of the prompt; 0 for a
             backbone that reads no prompt beside the picture (CoCa).
         keep_aspect: resize to fit inside, and pad at the right and below, instead of stretching.
     """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = {"height": height, "width": width}
+    if (model := json.loads(tokenizer_json)["model"])["type"] == "Unigram":
+        pages = LayoutLMv3ImageProcessor(size=size, apply_ocr=False)
+        return Processor(UdopProcessor(pages, UdopTokenizer(vocab=[(piece, score) for piece, score in model["vocab"]])))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer_json),
         bos_token="<s>",
@@ -124,8 +154,6 @@ def build_processor(
         unk_token="<unk>",
         **({"extra_special_tokens": {"image_token": "<image>"}} if image_tokens else {}),
     )
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    size = {"height": height, "width": width}
     length: dict[str, Any] = {"image_seq_length": image_tokens} if image_tokens else {}
     image_processor: CLIPImageProcessor | DetrImageProcessor
     if keep_aspect:

@@ -1,4 +1,4 @@
-"""Random changes of training pictures that leave their labels true."""
+"""Random changes of training samples that leave their labels true."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Literal
 
 from PIL import Image, ImageEnhance, ImageOps
 
-Augmentation = Literal["affine", "flip", "contrast"]
-AUGMENTATIONS: tuple[Augmentation, ...] = ("affine", "flip", "contrast")
+from lightning_mue.data.tokenizer import DIGITS
+
+Augmentation = Literal["affine", "flip", "contrast", "digits"]
+AUGMENTATIONS: tuple[Augmentation, ...] = ("affine", "flip", "contrast", "digits")
 
 
 def augment(image: Image.Image, kinds: Sequence[Augmentation], rng: random.Random) -> Image.Image:
@@ -30,6 +32,15 @@ def augment(image: Image.Image, kinds: Sequence[Augmentation], rng: random.Rando
         image = ImageEnhance.Contrast(image).enhance(rng.uniform(0.7, 1.3))
         image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.7, 1.3))
     return image
+
+
+def other_digits(rng: random.Random) -> dict[int, int]:
+    """Return a table for ``str.translate`` that exchanges digits; half of the time each stays what it is.
+
+    Whoever finds a number on such a page has not learnt it by heart. The words of the page and the answer change alike;
+    the picture does not.
+    """
+    return str.maketrans(DIGITS, "".join(rng.sample(DIGITS, 10)) if rng.random() < 0.5 else DIGITS)
 
 
 def _affine(image: Image.Image, rng: random.Random) -> Image.Image:

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_mue.data.augment import Augmentation, augment
+from lightning_mue.data.augment import Augmentation, augment, other_digits
 from lightning_mue.data.store import SampleStore
 from lightning_mue.data.tasks import Sample
+from lightning_mue.prompt import Word
 
 Batch = dict[str, Any]
 Plan = Callable[[int], list[list[int]]]
@@ -23,8 +24,10 @@ Plan = Callable[[int], list[list[int]]]
 class Processor(Protocol):
     """What turns pictures and texts into tensors, and tokens back into texts."""
 
-    def __call__(self, images: Sequence[Image.Image], text: Sequence[str]) -> dict[str, Tensor]:
-        """Return ``pixel_values [B, 3, H, W]``, ``input_ids [B, S]`` and ``attention_mask [B, S]``."""
+    def __call__(
+        self, images: Sequence[Image.Image], text: Sequence[str], words: Sequence[Sequence[Word]] | None = None
+    ) -> dict[str, Tensor]:
+        """Return ``pixel_values [B, 3, H, W]``, ``input_ids [B, S]``, ``attention_mask [B, S]``; ``bbox`` of words."""
 
     def labels(self, text: Sequence[str]) -> Tensor:
         """Return token ids ``[B, T]``, each row ended by ``</s>`` and padded with -100; no start token."""
@@ -61,7 +64,7 @@ def train_batches(
         epoch: counted from 0.
         rank: whose batches.
         world: number of ranks.
-        lengths: of the samples' answers; then batches hold answers of like length, so that little of them is padding.
+        lengths: of the samples; then batches hold samples of like length, so that little of them is padding.
 
     Returns:
         Indices of the samples, batch by batch.
@@ -106,7 +109,7 @@ class EncodedBatches(Dataset[Batch]):
         store: the samples.
         processor: the encoder of pictures and texts.
         seed: draws the reference that is the label, with epoch and index; None takes the first reference.
-        augmentations: of the pictures, drawn likewise.
+        augmentations: of the pictures and of the words that stand on them, drawn likewise.
     """
 
     def __init__(
@@ -129,13 +132,16 @@ class EncodedBatches(Dataset[Batch]):
         for index in indices:
             sample = self.store.load(index)
             if sample is not None:
-                samples.append(self._augmented(sample, epoch, index))
-                labels.append(self.label(epoch, index))
+                sample, label = self._augmented(sample, self.label(epoch, index), epoch, index)
+                samples.append(sample)
+                labels.append(label)
         if not samples:
             last = "; ".join(self.store.bad.messages[-len(indices) :])
             raise ValueError(f"every picture of a batch is broken, restore the shards: {last}")
         images = [sample.image for sample in samples if sample.image is not None]
-        batch: Batch = dict(self.processor(images=images, text=[sample.prompt for sample in samples]))
+        pages = [sample.words for sample in samples]
+        given: dict[str, Any] = {"words": pages} if any(pages) else {}
+        batch: Batch = dict(self.processor(images=images, text=[sample.prompt for sample in samples], **given))
         batch["labels"] = self.processor.labels(labels)
         if any(sample.decoder_prompt for sample in samples):
             batch["decoder_prompt"] = self.processor.decoder_prompts([sample.decoder_prompt for sample in samples])
@@ -153,11 +159,19 @@ class EncodedBatches(Dataset[Batch]):
             return references[0]
         return random.Random(f"{self.seed}/{epoch}/{index}").choice(references)
 
-    def _augmented(self, sample: Sample, epoch: int, index: int) -> Sample:
-        if not self.augmentations or sample.image is None:
-            return sample
-        rng = random.Random(f"{self.seed}/{epoch}/{index}/picture")
-        return replace(sample, image=augment(sample.image, self.augmentations, rng))
+    def length(self, epoch: int, index: int) -> int:
+        """Return how much text others are padded to in an epoch beside a sample: the words of its page, its label."""
+        return sum(len(text) for text, _ in self.store.samples[index].words) + len(self.label(epoch, index))
+
+    def _augmented(self, sample: Sample, label: str, epoch: int, index: int) -> tuple[Sample, str]:
+        if self.augmentations and sample.image is not None:
+            rng = random.Random(f"{self.seed}/{epoch}/{index}/picture")
+            sample = replace(sample, image=augment(sample.image, self.augmentations, rng))
+        if "digits" in self.augmentations:
+            table = other_digits(random.Random(f"{self.seed}/{epoch}/{index}/digits"))
+            words = tuple((text.translate(table), box) for text, box in sample.words)
+            sample, label = replace(sample, words=words), label.translate(table)
+        return sample, label
 
 
 class BatchLoader:

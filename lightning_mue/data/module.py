@@ -18,7 +18,7 @@ from lightning_mue.data.loader import BatchLoader, EncodedBatches, Processor, ev
 from lightning_mue.data.shards import BadSamples, OnBad, find_shards
 from lightning_mue.data.store import SampleStore, limited, read_samples
 from lightning_mue.data.tasks import STATEMENT_WORDS, check_also, cluster_point, split_of
-from lightning_mue.data.tokenizer import train_tokenizer
+from lightning_mue.data.tokenizer import train_pieces, train_tokenizer
 from lightning_mue.inference.answers import only_answers
 
 
@@ -36,11 +36,11 @@ class ShardsDataModule(LightningDataModule):
     Args:
         train: a folder (its ``train-*.tar``), a tar, a glob, or a list of these.
         val: likewise (``val-*.tar``); the folder of ``train`` when not given.
-        task: "vqa", "statement", "match", "caption" or "reading".
+        task: "vqa", "statement", "match", "caption", "reading" or "document".
         test: likewise (``test-*.tar``); when not given, those in the folder of ``train``, else the validation data.
         batch_size: training samples a batch and device.
-        group_by_length: train on batches of answers of like length, so that little of them is padding.
-        augment: random changes of training pictures: ``affine``, ``flip``, ``contrast``.
+        group_by_length: train on batches of pages and answers of like length, so that little of them is padding.
+        augment: random changes of training pictures: ``affine``, ``flip``, ``contrast``; of a page's words: ``digits``.
         eval_batch_size: samples a batch otherwise; the composition of these batches knows no number of devices.
         image_size: pictures are resized to this many pixels a side, or to ``[height, width]``.
         image_tokens: tokens that the backbone makes of a picture.
@@ -179,8 +179,9 @@ class ShardsDataModule(LightningDataModule):
         """The tokenizer: the checkpoint's, or trained on the training texts on first use."""
         if self._tokenizer_json is None:
             samples = self.train_samples.samples
-            texts = [t for s in samples for t in (s.prompt, s.decoder_prompt, *s.references) if t]
-            self._tokenizer_json = train_tokenizer(texts, self.hparams["vocab_size"])
+            texts = [t for s in samples for t in (s.prompt, s.decoder_prompt, *s.references, *dict(s.words)) if t]
+            train = train_pieces if any(sample.words for sample in samples) else train_tokenizer
+            self._tokenizer_json = train(texts, self.hparams["vocab_size"])
         return self._tokenizer_json
 
     @cached_property
@@ -200,7 +201,7 @@ class ShardsDataModule(LightningDataModule):
         dataset = EncodedBatches(store, self.processor, hparams["seed"], hparams["augment"] or ())
 
         def plan(epoch: int) -> list[list[int]]:
-            lengths = [len(dataset.label(epoch, k)) for k in range(len(store))] if by_length else None
+            lengths = [dataset.length(epoch, k) for k in range(len(store))] if by_length else None
             return train_batches(**shape, epoch=epoch, rank=rank, world=world, lengths=lengths)
 
         more = {"group_by_length": by_length, "also": hparams["also"]}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
+
+from lightning_mue.prompt import Word, read_words
 
 Record = Mapping[str, Any]
 
@@ -30,6 +32,7 @@ class Sample:
         level: difficulty from 1 where the data says one, else 0.
         decoder_prompt: what the decoder reads before it answers; may be empty.
         kinds: what else the data says of a question, such as its type: name -> text.
+        words: that stand on the picture, where the task gives them.
     """
 
     sample_id: str
@@ -41,6 +44,7 @@ class Sample:
     level: int
     decoder_prompt: str = ""
     kinds: Mapping[str, str] = field(default_factory=dict)
+    words: tuple[Word, ...] = ()
 
 
 def make_samples(record: Record, image: Image.Image | None, task: str) -> list[Sample]:
@@ -49,7 +53,8 @@ def make_samples(record: Record, image: Image.Image | None, task: str) -> list[S
     Args:
         record: the JSON of one picture (fields in the data's README).
         image: its picture, or None to leave it in the shard.
-        task: "vqa", "statement", "match" (the same, but the decoder reads the statement), "caption" or "reading".
+        task: "vqa", "statement", "match" (the same, but the decoder reads the statement), "caption", "reading" or
+            "document" (vqa of a page whose words are given).
 
     Returns:
         The samples in the order of the record.
@@ -66,11 +71,12 @@ def make_samples(record: Record, image: Image.Image | None, task: str) -> list[S
         rows = list(_TASKS[task](record))
         if not rows:
             raise ValueError("the record holds nothing to ask")
-        cluster = _cluster(record, task)
-        return [
-            Sample(f"{key}#{name}", cluster, _text(prompt, name), _texts(answers, name), image, task, int(level), *more)
-            for name, prompt, answers, level, *more in rows
+        cluster, words = _cluster(record, task), read_words(record["words"]) if task == "document" else ()
+        samples = [
+            Sample(f"{key}#{name}", cluster, _text(prompt, name), _texts(found, name), image, task, int(level), *more)
+            for name, prompt, found, level, *more in rows
         ]
+        return [replace(sample, words=words) for sample in samples] if words else samples
     except (KeyError, TypeError) as error:
         missing = (
             f"field {error} is missing" if isinstance(error, KeyError) else f"a field has the wrong form ({error})"
@@ -177,6 +183,7 @@ def _reading(record: Record) -> Iterable[Row]:
 
 _TASKS: dict[str, Callable[[Record], Iterable[Row]]] = {
     "vqa": _vqa,
+    "document": _vqa,
     "statement": _statement,
     "match": _match,
     "caption": _caption,

@@ -10,6 +10,7 @@ from lightning_mue.inference.answers import calibrated_answers
 from lightning_mue.inference.output import ExitOutput
 from lightning_mue.inference.request import check_prompts, check_texts
 from lightning_mue.policy import ExitPolicy
+from lightning_mue.prompt import Word
 
 
 class Answering(ABC):
@@ -47,6 +48,7 @@ class Answering(ABC):
         max_new_tokens: int | None = None,
         decoder_prompts: Sequence[str] | None = None,
         groups: Sequence[str] | None = None,
+        words: Sequence[Sequence[Word]] | None = None,
         **how: Any,
     ) -> list[str]:
         """Answer one prompt for each picture, as text; only with the answers that calibration allowed, if it did.
@@ -57,17 +59,20 @@ class Answering(ABC):
             max_new_tokens: at most; if not given, as certified, else as the generation config says.
             decoder_prompts: as many texts that the decoder reads before it answers.
             groups: as many names, as in ``generate``.
+            words: that stand on each picture and where, for a model that reads them (UDOP).
             **how: more settings of ``generate``, such as ``do_sample`` or ``num_beams``.
 
         Raises:
             ValueError: the engine has no processor, the numbers of pictures and of prompts of either kind differ, or
-                the model would pass over a prompt.
+                the model would pass over a prompt or lacks the words that it reads.
         """
         if self.processor is None:
             raise ValueError("`answer` needs a processor and this engine has none; pass one, or use `generate`.")
         check_texts(images, prompts=prompts, decoder_prompts=decoder_prompts)
+        if words is not None and len(words) != len(images):
+            raise ValueError(f"`words` must hold those of each of {len(images)} images, got {len(words)}")
         check_prompts(prompts, self.reads_prompts)
-        inputs: dict[str, Any] = self.processor(images, prompts)
+        inputs: dict[str, Any] = self.processor(images, prompts, **({} if words is None else {"words": words}))
         if decoder_prompts is not None:
             inputs["decoder_prompt"] = self.processor.decoder_prompts(decoder_prompts)
         allowed = calibrated_answers(self.policy, self.processor, self.end_id())

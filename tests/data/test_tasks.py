@@ -46,9 +46,27 @@ def test_caption_and_reading():
     assert (line.cluster, line.references, line.prompt) == ("receipt-000", ["TOTAL 9.00"], "what is written ?")
 
 
+def test_a_document_is_asked_about_with_its_words():
+    words = [{"text": "TOTAL  9.00", "box": [10, 20, 30, 40]}, {"text": " ", "box": [0, 0, 0, 0]}]
+    record = {"id": "d", "words": words, "qa": [{"text": "how much ?", "refs": ["9.00"]}] * 2}
+    first, second = make_samples(record, None, "document")
+    assert first.words == second.words == (("TOTAL 9.00", (10, 20, 30, 40)),)
+    (asked,) = {(s.prompt, s.cluster) for s in (first, second)}
+    assert asked == ("how much ?", "d")
+    assert make_samples(record, None, "vqa")[0].words == ()
+
+
+PAGE = {"id": "p1", "qa": [{"text": "a", "refs": ["a"]}]}
+
+
 @pytest.mark.parametrize(
     ("record", "task", "message"),
     [
+        (PAGE, "document", "'p1'.*'words' is missing"),
+        (PAGE | {"words": []}, "document", "'p1'.*no words"),
+        (PAGE | {"words": [{"text": "a"}]}, "document", "'p1'.*`text` and `box`"),
+        (PAGE | {"words": [{"text": "a", "box": [1, 2, 3]}]}, "document", "'p1'.*'a' must be 4 numbers"),
+        (PAGE | {"words": [{"text": "a", "box": [9, 0, 1, 1]}]}, "document", "'p1'.*'a' must be left.*thousandths"),
         ({"id": "p1", "refs": ["a", " "]}, "caption", "'p1'.*c0 is empty"),
         ({"id": "p1", "refs": []}, "caption", "'p1'.*no reference"),
         ({"id": "p1", "qa": [{"text": "", "refs": ["a"]}]}, "vqa", "'p1'.*q0 is empty"),

@@ -1,7 +1,7 @@
 import pytest
 from tokenizers import Tokenizer
 
-from lightning_mue.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from lightning_mue.data.tokenizer import PIECES, SPECIAL_TOKENS, train_pieces, train_tokenizer
 
 TEXTS = [
     "a red circle , a blue square",
@@ -43,3 +43,22 @@ def test_what_cannot_be_trained_is_refused():
         train_tokenizer(TEXTS, 260)
     with pytest.raises(ValueError, match="no text"):
         train_tokenizer([], 300)
+
+
+def test_pieces_are_few_and_digits_stand_alone():
+    tokenizer = Tokenizer.from_str(train_pieces([*TEXTS, "1999 10-12"], 90))
+    assert [tokenizer.id_to_token(k) for k in range(3)] == list(PIECES)
+    assert tokenizer.encode("a red circle").tokens == ["▁a", "▁red", "▁circle"]
+    assert tokenizer.encode("1999").tokens == ["▁", "1", "9", "9", "9"]
+    assert tokenizer.decode(tokenizer.encode("a blue 91-2 left").ids) == "a blue 91-2 left"
+
+
+def test_the_same_texts_give_the_same_pieces_in_any_order():
+    assert train_pieces(TEXTS, 60) == train_pieces(iter(TEXTS[::-1]), 60)
+
+
+def test_pieces_that_cannot_be_trained_are_refused():
+    with pytest.raises(ValueError, match=r"at least 17 .*got 16"):
+        train_pieces(["abc"], 16)
+    with pytest.raises(ValueError, match="no text"):
+        train_pieces([], 300)
