@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mue.backbones import view
-from lightning_mue.callbacks.batches import Batch, on_device, rows_of
+from lightning_mue.callbacks.batches import Batch, on_device, together
 from lightning_mue.inference.rows import PrefixFn
 from lightning_mue.metrics import DocumentFrequencies, scorer
 from lightning_mue.metrics.answers import Score
@@ -81,17 +81,6 @@ class Exam:
             rows = range(first, first + size)
             found.append(together(self.batches[k], rows) | {PLACE: [int(starts[k]) + row for row in rows]})
         return found
-
-
-def together(batch: Batch, rows: Sequence[int]) -> Batch:
-    """Return some rows as a batch of their own, without the padding that the others asked for."""
-    found = rows_of(batch, [row in rows for row in range(len(batch["sample_id"]))])
-    if isinstance(mask := found.get("attention_mask"), Tensor):
-        valid = mask.bool().any(0)
-        found |= {name: found[name][:, valid] for name in ("input_ids", "attention_mask")}
-    if isinstance(prompt := found.get("decoder_prompt"), Tensor):
-        found["decoder_prompt"] = prompt[:, (prompt >= 0).any(0)]
-    return found
 
 
 def count(batches: Iterable[Batch]) -> int:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lightning_mue.data.tasks import split_of
 
 Batch = dict[str, Any]
+BY_WORD = ("input_ids", "attention_mask", "bbox")
+"""Inputs that are as long as the prompt or the page."""
 SPLITS = {"propose": 0.3, "certify": 0.7}
 
 
@@ -48,16 +50,20 @@ def content(batch: Batch) -> str:
     return digest.hexdigest()
 
 
+def together(batch: Batch, rows: Sequence[int]) -> Batch:
+    """Return some rows as a batch of their own, without the padding that the others asked for."""
+    found = rows_of(batch, [row in rows for row in range(len(batch["sample_id"]))])
+    if isinstance(mask := found.get("attention_mask"), Tensor):
+        valid = mask.bool().any(0)
+        found |= {name: found[name][:, valid] for name in BY_WORD if name in found}
+    if isinstance(prompt := found.get("decoder_prompt"), Tensor):
+        found["decoder_prompt"] = prompt[:, (prompt >= 0).any(0)]
+    return found
+
+
 def single(batch: Batch, row: int) -> Batch:
-    """Return one row as a batch of its own, without the padding that its batch-mates asked for."""
-    size = len(batch["sample_id"])
-    alone = rows_of(batch, [i == row for i in range(size)])
-    if isinstance(mask := alone.get("attention_mask"), Tensor):
-        valid = mask[0].bool()
-        alone |= {name: alone[name][:, valid] for name in ("input_ids", "attention_mask")}
-    if isinstance(prompt := alone.get("decoder_prompt"), Tensor):
-        alone["decoder_prompt"] = prompt[:, prompt[0] >= 0]
-    return alone
+    """Return one row as a batch of its own."""
+    return together(batch, [row])
 
 
 def in_split(trainer: L.Trainer, batch: Batch, split: str) -> list[bool]:

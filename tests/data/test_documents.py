@@ -5,6 +5,7 @@ import torch
 from transformers import UdopProcessor
 
 from lightning_mue.backbones.processor import Processor
+from lightning_mue.callbacks.batches import single
 from lightning_mue.data import ShardsDataModule
 from tests.data.conftest import png, write_tar
 
@@ -51,6 +52,17 @@ def test_batches_are_those_of_transformers(data):
         assert torch.equal(batch[name], expected[name])
     torch.testing.assert_close(batch["bbox"] * 1000, expected["bbox"].float())
     assert module.processor.decode(batch["labels"]) == [references[0] for references in batch["references"]]
+
+
+def test_one_page_of_a_batch_is_that_page_alone(data):
+    module = data()
+    sample = module.train_samples.samples[0]
+    longer = sample.words * 3
+    batch = module.processor([sample.image] * 2, [sample.prompt] * 2, [sample.words, longer])
+    alone = module.processor([sample.image], [sample.prompt], [sample.words])
+    found = single(batch | {"sample_id": ["a", "b"]}, 0)
+    assert batch["input_ids"].shape[1] > alone["input_ids"].shape[1]
+    assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
 def test_a_saved_processor_reads_the_same(data, tmp_path):
