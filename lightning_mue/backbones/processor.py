@@ -35,6 +35,8 @@ class Processor:
     """
 
     def __init__(self, processor: Any) -> None:
+        if isinstance(processor, UdopProcessor):
+            processor.image_processor.apply_ocr = False  # words come with the sample
         self.processor = processor
         self.tokenizer = processor.tokenizer
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-c", "--config", help="recipe whose `data` describe the test data (and those to tune methods on)"
     )
     parser.add_argument("--data", help="shards: a folder, a tar or a glob; the recipe's if not given")
-    parser.add_argument("--task", help="vqa, statement, match, caption or reading; the recipe's if not given")
+    parser.add_argument("--task", help="vqa, statement, match, caption, reading or document; the recipe's if not given")
     parser.add_argument("--metric", help="scores answers; the promise's if not given")
     parser.add_argument(
         "--timed-samples", type=_positive, default=60, help="answered by every line in turn; quality takes all"

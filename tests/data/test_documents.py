@@ -1,5 +1,7 @@
 """Pages whose words are given, as UDOP reads them: from shards to batches."""
 
+import json
+
 import pytest
 import torch
 from transformers import UdopProcessor
@@ -68,6 +70,9 @@ def test_one_page_of_a_batch_is_that_page_alone(data):
 def test_a_saved_processor_reads_the_same(data, tmp_path):
     module = data()
     module.processor.save(tmp_path / "processor")
+    published = json.loads((config := tmp_path / "processor" / "processor_config.json").read_text())
+    published["image_processor"]["apply_ocr"] = True  # as UDOP's own
+    config.write_text(json.dumps(published))
     again, sample = Processor.load(tmp_path / "processor"), module.train_samples.samples[0]
     found, expected = (p([sample.image], [sample.prompt], [sample.words]) for p in (again, module.processor))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
