@@ -49,8 +49,14 @@ class PortableProcessor:
             self._frame = words["image_token"] * self.image_tokens + words["bos_token"], words["eos_token"]
             self.image_token_id = ids[words["image_token"]]
 
-    def __call__(self, images: Sequence[Image.Image], text: Sequence[str]) -> dict[str, Array]:
-        """Return ``pixel_values [B, 3, H, W]`` and, not of TrOCR, ``input_ids`` and ``attention_mask [B, S]``."""
+    def __call__(self, images: Sequence[Image.Image], text: Sequence[str], words: object = None) -> dict[str, Array]:
+        """Return ``pixel_values [B, 3, H, W]`` and, not of TrOCR, ``input_ids`` and ``attention_mask [B, S]``.
+
+        Raises:
+            ValueError: words of pages, which no model reads that has a bundle of graphs.
+        """
+        if words is not None:
+            raise ValueError("this model reads no words of a page: leave `words` out")
         if not self._reads_text:
             return {"pixel_values": self.pictures(images)}
         if self._frame is None:

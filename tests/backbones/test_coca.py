@@ -16,6 +16,7 @@ from lightning_mue.backbones.coca_model import CoCaForConditionalGeneration, con
 from lightning_mue.backbones.processor import build_processor
 from lightning_mue.data.tokenizer import train_tokenizer
 from lightning_mue.exits import attach_exits
+from lightning_mue.export import freeze, load
 from lightning_mue.inference import ExitEngine
 from lightning_mue.policy import ExitPolicy, ExitRule
 from tests import zoo
@@ -145,15 +146,18 @@ def test_what_has_no_view():
 
 
 @pytest.mark.slow
-def test_open_clips_own_sizes_are_built_by_name():
-    """coca_ViT-B-32: 254 M parameters, random weights, no network; one token with exits in both towers."""
+def test_open_clips_own_sizes_are_built_by_name_frozen_and_loaded(tmp_path):
+    """coca_ViT-B-32: 254 M parameters, random weights, no network; two tokens with exits in both towers."""
     model = build_backbone("open_clip:coca_ViT-B-32").eval()
     assert 250e6 < sum(parameter.numel() for parameter in model.parameters()) < 260e6
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     attach_exits(model, {"vision": [4], "decoder": [16]})
     rules = {"vision": ExitRule.static(4), "decoder": ExitRule.static(16)}
-    out = ExitEngine(model, ExitPolicy(rules)).generate(2, pixel_values=torch.randn(1, 3, 224, 224))
+    policy, pixels = ExitPolicy(rules), torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    out = ExitEngine(model, policy).generate(2, pixel_values=pixels)
     assert (out.exit_depths["vision"].tolist(), out.exit_depths["decoder"].tolist()) == ([4], [[16, 16]])
+    loaded = load(freeze(model, policy, tmp_path / "bundle"))
+    assert torch.equal(loaded.generate(2, pixel_values=pixels).sequences, out.sequences)
 
 
 def test_random_weights_by_name_leave_nothing_as_it_was_in_memory(tmp_path):
