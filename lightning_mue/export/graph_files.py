@@ -56,8 +56,9 @@ def write_graphs(model: nn.Module, policy: ExitPolicy, processor: Processor, fol
         needs_head = "decoder" in policy.rules and policy.rules["decoder"].signal in NEEDS_LOGITS
         for name, graph in _decoder_graphs(backbone, exits, graphs, needs_head):
             store.add(name, graph)
-    weight_VD, bias_V = backbone.decoder.head_weights()
+    (weight_VD, bias_V), bias_HN = backbone.decoder.head_weights(), backbone.decoder.distance_bias()
     arrays = {"head_weight": weight_VD} | ({} if bias_V is None else {"head_bias": bias_V})
+    arrays |= {} if bias_HN is None else {"distance_bias": bias_HN.detach().numpy()}
     facts = {
         "schema": SCHEMA,
         "fingerprint": found,
@@ -261,7 +262,7 @@ def _about_inputs(backbone: Backbone, processor: Processor, inputs: dict[str, Te
     return {
         "picture": list(inputs["pixel_values"].shape[1:]),
         "image_tokens": int((inputs["input_ids"][0] == image_token_id).sum()),
-        "most_tokens": model.config.text_config.max_position_embeddings,
+        "most_tokens": getattr(model.config.text_config, "max_position_embeddings", None),  # a T5 takes any number
     }
 
 
@@ -270,6 +271,7 @@ def _about_decoder(decoder: DecoderStream, exits: Exits | None) -> dict[str, Any
     return {
         "layers": decoder.num_layers,
         "heads": decoder.num_heads,
+        "head_dim": decoder.head_dim,
         "max_positions": decoder.max_positions,
         "shortlist": shortlist,
     }

@@ -27,10 +27,12 @@ def decoder_sessions(files: GraphFiles) -> DecoderSessions:
 
     layers = [LayerSessions.of(partial(piece, k)) for k in range(1, facts["layers"] + 1)]
     weight_VD = files.array("head_weight")
-    bias_V = files.array("head_bias") if "head_bias" in files.facts["arrays"] else None
-    heads = (facts["heads"], weight_VD.shape[1] // facts["heads"])
-    how = (*heads, facts["max_positions"], files.facts["precision"], files.threads)
-    return DecoderSessions(layers, *how, weight_VD, bias_V, head, files.graph("decoder/product"))
+    bias_V, bias_HN = (
+        files.array(name) if name in files.facts["arrays"] else None for name in ("head_bias", "distance_bias")
+    )
+    width = facts.get("head_dim", weight_VD.shape[1] // facts["heads"])  # older bundles are of no T5
+    how = (facts["heads"], width, facts["max_positions"], files.facts["precision"], files.threads)
+    return DecoderSessions(layers, *how, weight_VD, bias_V, head, files.graph("decoder/product"), bias_HN)
 
 
 class GraphsOutside(Outside):
@@ -47,7 +49,8 @@ class GraphsOutside(Outside):
 
     def embed(self, ids_Rm: Array, first: int) -> Array:
         """Return the states that enter layer 1."""
-        return self._files.session("decoder/embed")(ids_Rm, np.arange(first, first + ids_Rm.shape[1]))[0]
+        given = {"ids": ids_Rm, "positions": np.arange(first, first + ids_Rm.shape[1])}  # a T5 reads no positions
+        return self._files.session("decoder/embed").named(given)["h_RmD"]
 
     def branch(self, layer: int, h_RD: Array) -> Array:
         """Return what the head reads of an exit's states."""

@@ -188,7 +188,7 @@ class PortableEngine(Answering):
                 f"Every row of `input_ids` must hold {wanted} image tokens, and text; got {counts.tolist()} of "
                 f"{ids_BS.shape[1]}"
             )
-        if ids_BS.shape[1] > facts["most_tokens"]:
+        if facts["most_tokens"] is not None and ids_BS.shape[1] > facts["most_tokens"]:
             raise ValueError(
                 f"The prompt has {ids_BS.shape[1]} tokens, image tokens included; the encoder takes "
                 f"{facts['most_tokens']}"

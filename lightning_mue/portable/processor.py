@@ -15,7 +15,7 @@ from lightning_mue.portable.pictures import Pictures
 from lightning_mue.prompt import IGNORE
 
 Array = np.ndarray
-_KNOWN = ("Florence2Processor", "CLIPProcessor", "TrOCRProcessor", "BlipProcessor")
+_KNOWN = ("Florence2Processor", "CLIPProcessor", "TrOCRProcessor", "BlipProcessor", "Blip2Processor")
 
 
 class PortableProcessor:
@@ -45,6 +45,10 @@ class PortableProcessor:
         self._starts = {ids[words[name]] for name in starts if words.get(name)}
         self._frame: tuple[str, str] | None = None
         self.image_token_id: int | None = None
+        self._picture: list[int] = []
+        if queries := settings.get("num_query_tokens"):  # BLIP-2's, before what its tokenizer frames
+            self.image_token_id = ids["<image>"]
+            self._picture = [self.image_token_id] * queries
         if self.image_tokens:
             self._frame = words["image_token"] * self.image_tokens + words["bos_token"], words["eos_token"]
             self.image_token_id = ids[words["image_token"]]
@@ -60,7 +64,7 @@ class PortableProcessor:
         if not self._reads_text:
             return {"pixel_values": self.pictures(images)}
         if self._frame is None:
-            rows = self._ids([self._asked(prompt) for prompt in text], special=True)
+            rows = [self._picture + row for row in self._ids([self._asked(prompt) for prompt in text], special=True)]
         else:
             before, after = self._frame
             rows = self._ids([before + self._asked(prompt) + after for prompt in text])

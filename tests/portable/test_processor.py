@@ -10,6 +10,7 @@ from torchvision.transforms.v2.functional import InterpolationMode
 from torchvision.transforms.v2.functional import resize as resize_tensor
 from transformers import (
     BertTokenizer,
+    Blip2Processor,
     BlipImageProcessor,
     BlipProcessor,
     DeiTImageProcessor,
@@ -138,6 +139,22 @@ def test_blips_processor(tmp_path):
     assert ours.decoder_prompts(texts).tolist() == theirs.decoder_prompts(texts).tolist()
     assert ours.decode(ours.labels(texts)) == theirs.decode(theirs.labels(texts))
     assert isinstance(Processor.load(tmp_path).processor, BlipProcessor)
+
+
+def test_blip_2s_processor(tokenizer, tmp_path):
+    """The picture's tokens stand before a prompt that the tokenizer frames."""
+    words = build_processor(tokenizer, 64, 0).tokenizer
+    pictures = BlipImageProcessor(size={"height": 48, "width": 80})
+    theirs = Processor(Blip2Processor(pictures, words, num_query_tokens=5))
+    theirs.save(tmp_path)
+    ours, images = PortableProcessor(tmp_path, theirs.tasks), [picture(*size) for size in SIZES[:5]]
+    expected, found = theirs(images, TEXTS), ours(images, TEXTS)
+    assert {*expected} == {*found} == {"pixel_values", "input_ids", "attention_mask"}
+    for name, array in found.items():
+        assert np.array_equal(array, expected[name].numpy())
+    assert (found["input_ids"] == ours.image_token_id).sum(1).tolist() == [5] * len(TEXTS)
+    assert ours.labels(TEXTS).tolist() == theirs.labels(TEXTS).tolist()
+    assert ours.decode(ours.labels(TEXTS)) == theirs.decode(theirs.labels(TEXTS))
 
 
 @pytest.mark.parametrize(
