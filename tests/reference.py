@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    Blip2ForConditionalGeneration,
     BlipForConditionalGeneration,
     BlipForQuestionAnswering,
     T5ForConditionalGeneration,
@@ -119,8 +120,8 @@ def decoder(model: Any) -> Any:
     """Return the module of transformers that holds the decoder's layers."""
     if is_blip(model):
         return model.text_decoder.bert.encoder
-    if isinstance(model, T5_FAMILY):
-        return model.decoder
+    if is_t5(model):
+        return t5_of(model).decoder
     if not isinstance(model, VisionEncoderDecoderModel):
         return model.model.language_model.decoder
     return model.decoder.transformer if hasattr(model.decoder, "transformer") else model.decoder.model.decoder
@@ -128,8 +129,8 @@ def decoder(model: Any) -> Any:
 
 def layers_at(model: Any, stream: str) -> tuple[nn.Module, str]:
     """Return what holds a stream's layers, and under which name."""
-    if isinstance(model, T5_FAMILY):
-        return getattr(model, stream), "block"
+    if is_t5(model) and stream != "vision":
+        return getattr(t5_of(model), stream), "block"
     if stream == "decoder":
         return decoder(model), next(name for name in ("h", "layer", "layers") if hasattr(decoder(model), name))
     if is_blip(model):
@@ -137,6 +138,8 @@ def layers_at(model: Any, stream: str) -> tuple[nn.Module, str]:
     if isinstance(model, VisionEncoderDecoderModel):
         swin = getattr(model.encoder, "encoder", None)
         return (model.encoder, "layers") if swin is None else (swin.layers[1], "blocks")  # the second is the long one
+    if isinstance(model, Blip2ForConditionalGeneration):
+        return model.vision_model.encoder, "layers"
     if stream == "vision":
         return model.model.vision_tower.blocks, "2"  # the third stage is the long one
     return model.model.language_model.encoder, "layers"
@@ -148,7 +151,8 @@ def memory(model: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     if is_blip(model):
         return _blip_memory(model, tensors)
     start = torch.zeros(len(next(iter(tensors.values()))), 1, dtype=torch.long)
-    found = model(**inputs(model, tensors), decoder_input_ids=start).encoder_last_hidden_state
+    out = model(**inputs(model, tensors), decoder_input_ids=start)
+    found = getattr(out, "language_model_outputs", out).encoder_last_hidden_state  # of BLIP-2 there are two
     return model.enc_to_dec_proj(found) if hasattr(model, "enc_to_dec_proj") else found
 
 
@@ -203,9 +207,9 @@ def decoder_states(model: Any, tensors: Mapping[str, Tensor], ids_BT: Tensor) ->
         out = forward(model, inputs(model, tensors), ids_BT, output_hidden_states=True)
         if is_blip(model):
             return [*out.hidden_states[:-1], final_norm(model)(out.hidden_states[-1])], out.logits
-    states = list(out.decoder_hidden_states)
-    if isinstance(model, T5_FAMILY):
-        states[-1] = states[-1] * model.config.d_model**-0.5  # as the head reads it
+    states = list(getattr(out, "language_model_outputs", out).decoder_hidden_states)
+    if is_t5(model):
+        states[-1] = states[-1] * t5_of(model).config.d_model ** -0.5  # as the head reads it
     return states, out.logits
 
 
@@ -231,6 +235,16 @@ def _questions(given: Mapping[str, Any]) -> list[dict[str, Tensor]]:
     pixels, ids = given["pixel_values"], given["input_ids"]
     valid = given.get("attention_mask", torch.ones_like(ids)).bool()
     return [{"pixel_values": pixels[[row]], "input_ids": ids[[row]][:, valid[row]]} for row in range(len(ids))]
+
+
+def t5_of(model: Any) -> Any:
+    """Return BLIP-2's language model; another model itself."""
+    return model.language_model if isinstance(model, Blip2ForConditionalGeneration) else model
+
+
+def is_t5(model: nn.Module) -> bool:
+    """Return whether what answers is a T5 or a UDOP."""
+    return isinstance(t5_of(model), T5_FAMILY)
 
 
 def is_blip(model: nn.Module) -> bool:
@@ -300,8 +314,8 @@ def final_norm(model: Any) -> nn.Module:
         return model.text_decoder.cls.predictions.transform
     if (coca := getattr(model, "coca", None)) is not None:
         return coca.text_decoder.ln_final
-    if isinstance(model, T5_FAMILY):
-        return Scaled(decoder(model).final_layer_norm, model.config.d_model**-0.5)
+    if is_t5(model):
+        return Scaled(decoder(model).final_layer_norm, t5_of(model).config.d_model ** -0.5)
     norms = [getattr(decoder(model), name, None) for name in ("layer_norm", "ln_f")]
     return next((norm for norm in norms if norm is not None), nn.Identity())
 

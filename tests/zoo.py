@@ -255,6 +255,28 @@ def page_inputs(batch: int, seed: int = 0, prompt: int = 10) -> dict[str, Tensor
     return words | {"bbox": boxes, "pixel_values": torch.randn(batch, 3, 64, 64, generator=g)}
 
 
+def tiny_blip2() -> nn.Module:
+    """The Q-Former's second layer reads no picture; what transformers begins at zero, the queries, is not zero."""
+    ids = {"decoder_start_token_id": START, "eos_token_id": END, "pad_token_id": PAD}
+    shape = {"num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.3}
+    sizes = {"hidden_size": 24, "image_size": 64, "patch_size": 16, "num_hidden_layers": 4}
+    model: Any = build_backbone(
+        {
+            "model_type": "blip-2",
+            "vision_config": {**shape, **sizes},
+            "qformer_config": {**shape, "hidden_size": 28, "num_hidden_layers": 2, "vocab_size": 5},
+            "text_config": {"model_type": "t5", **T5, "vocab_size": VOCABULARY},
+            "num_query_tokens": IMAGE_TOKENS,
+            "image_token_index": 4,
+            "initializer_range": 0.3,
+            "generation_config": ids | {"max_new_tokens": 12},
+        }
+    )
+    nn.init.normal_(model.query_tokens)
+    talkative(model.language_model)
+    return model
+
+
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
     "florence2": (
         tiny_florence2,
@@ -288,6 +310,7 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tens
     ),
     "t5": (tiny_t5, text_inputs, {"encoder": [1, 3], "decoder": [1, 2, 4]}),
     "udop": (tiny_udop, page_inputs, {"encoder": [1, 3], "decoder": [1, 2, 4]}),
+    "blip2": (tiny_blip2, florence2_inputs, {"vision": [1, 3], "encoder": [1, 3], "decoder": [1, 2, 4]}),
 }
 """Name -> model, inputs, and what its ``ExitConfig`` says."""
 
@@ -321,7 +344,7 @@ def reads_prompts(name: str) -> bool:
 
 def image_tokens(name: str) -> int:
     """Return how many of a prompt's tokens stand for the picture."""
-    return IMAGE_TOKENS if name.startswith("florence2") else 0
+    return IMAGE_TOKENS if name.startswith(("florence2", "blip2")) else 0
 
 
 def has_vision(name: str) -> bool:

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForVisualQuestionAnswering,
+    Blip2ForConditionalGeneration,
     BlipForConditionalGeneration,
     BlipForQuestionAnswering,
     GenerationConfig,
@@ -33,11 +34,17 @@ OPEN_CLIP = "open_clip:"
 """Prefix of what open_clip knows by name."""
 _OF_TEXT = ("t5", "bart", "mbart")
 """Types of models that read no picture."""
+_BLIP = (BlipForConditionalGeneration, BlipForQuestionAnswering)
 _UNREAD: dict[type[nn.Module], tuple[str, ...]] = {
     VisionEncoderDecoderModel: ("encoder.pooler.",),
     UdopForConditionalGeneration: UDOP_UNREAD,
 }
 """Prefixes of weights that are never read. Published models lack them, so each loading would give others."""
+_ANSWERING = {
+    "blip": tuple(kind.__name__ for kind in _BLIP),
+    "blip-2": (Blip2ForConditionalGeneration.__name__,),
+}
+"""Type -> the classes that answer, of types of which others only compare or match."""
 
 
 def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
@@ -54,7 +61,7 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
             are.)
 
     Raises:
-        ValueError: a mapping without ``model_type``, or a BLIP that neither captions nor answers.
+        ValueError: a mapping without ``model_type``, or a BLIP or BLIP-2 that neither captions nor answers.
     """
     if isinstance(source, nn.Module):
         return _shell().wrap(source) if type(source).__name__ == "CoCa" else source
@@ -87,14 +94,15 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
 
 def _auto_class(config: PreTrainedConfig) -> Any:
     """Return the class of transformers that makes the model; of BLIP a config alone does not say which is meant."""
-    named = (config.architectures or [])[:1] if config.model_type == "blip" else []
+    able = _ANSWERING.get(config.model_type, ())
+    named = (config.architectures or [])[:1] if able else []
+    if named and named[0] not in able:
+        raise ValueError(
+            f"A {config.model_type}'s `architectures` must be {' or '.join(f'[{name}]' for name in able)}, got "
+            f"{named}; others have no decoder that answers."
+        )
     if named == [BlipForQuestionAnswering.__name__]:
         return AutoModelForVisualQuestionAnswering
-    if named not in ([], [BlipForConditionalGeneration.__name__]):
-        raise ValueError(
-            f"BLIP's `architectures` must be [{BlipForConditionalGeneration.__name__}] or "
-            f"[{BlipForQuestionAnswering.__name__}], got {named}; others have no decoder that answers."
-        )
     return AutoModelForSeq2SeqLM if config.model_type in _OF_TEXT else AutoModelForImageTextToText
 
 
@@ -106,19 +114,27 @@ def _is_unread(model: Any, name: str) -> bool:
 def _ready(model: Any) -> nn.Module:
     """Let what is never read not learn, for distributed training would wait for its gradients.
 
-    BLIP's ``generate`` obeys the generation config of its decoder, which no folder keeps: let it be the model's.
+    The ``generate`` of BLIP and BLIP-2 obeys the generation config of a part, which no folder keeps: let it be the
+    model's; what tokens this does not name, the part's does.
     """
     for name, parameter in model.named_parameters():
         if _is_unread(model, name):
             parameter.requires_grad_(False)
-    if (decoder := _blip_decoder(model)) is not None:
-        decoder.generation_config = model.generation_config
+    if (part := _generating_part(model)) is not None:
+        config, own = model.generation_config, part.generation_config
+        for name in ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(config, name) is None:
+                setattr(config, name, getattr(own, name))
+        part.generation_config = config
     ready: nn.Module = model
     return ready
 
 
-def _blip_decoder(model: Any) -> Any | None:
-    return model.text_decoder if isinstance(model, (BlipForConditionalGeneration, BlipForQuestionAnswering)) else None
+def _generating_part(model: Any) -> Any | None:
+    """Return the part whose ``generate`` the model's own calls, or None."""
+    if isinstance(model, Blip2ForConditionalGeneration):
+        return model.language_model
+    return model.text_decoder if isinstance(model, _BLIP) else None
 
 
 def _open_clip(name: str) -> nn.Module:
@@ -148,12 +164,12 @@ def backbone_config(model: Any) -> dict[str, Any]:
             "`lightning_mue.backbones.build_backbone` first, and attach exits to what it returns."
         )
     config: PreTrainedConfig = model.config
-    decoder = _blip_decoder(model)
+    part = _generating_part(model)
     found = {name: value for name, value in config.to_diff_dict().items() if name != EXITS} | {
         "model_type": config.model_type,
-        "generation_config": (model if decoder is None else decoder).generation_config.to_diff_dict(),
+        "generation_config": (model if part is None else part).generation_config.to_diff_dict(),
     }
-    if decoder is not None:
+    if isinstance(model, _BLIP):
         answers = isinstance(model, BlipForQuestionAnswering)
         found["architectures"] = [(BlipForQuestionAnswering if answers else BlipForConditionalGeneration).__name__]
     return found

@@ -20,7 +20,7 @@ from lightning_mue.backbones.bart import BartDecoderStream
 from lightning_mue.backbones.joint import BartEncoderStream
 from lightning_mue.backbones.plain_view import PlainView
 from lightning_mue.backbones.stream import DecoderStream, EncoderStream, Inputs, additive_mask
-from lightning_mue.backbones.t5 import T5DecoderStream, T5EncoderStream
+from lightning_mue.backbones.t5 import T5EncoderStream, t5_decoder
 from lightning_mue.backbones.udop import UdopEncoderStream
 
 _TEXT = ("input_ids", "attention_mask")
@@ -61,10 +61,10 @@ def seq2seq_view(model: nn.Module) -> Seq2SeqView | None:
     parts: Any = model
     encoder: MemoryStream
     if isinstance(model, T5ForConditionalGeneration):
-        encoder, decoder = T5EncoderStream(parts.encoder), _t5_decoder(parts, parts.config.scale_decoder_outputs)
+        encoder, decoder = T5EncoderStream(parts.encoder), t5_decoder(parts, parts.config.scale_decoder_outputs)
         return Seq2SeqView(model, encoder, decoder, _TEXT)
     if isinstance(model, UdopForConditionalGeneration):
-        encoder, decoder = UdopEncoderStream(parts.encoder), _t5_decoder(parts, parts.config.tie_word_embeddings)
+        encoder, decoder = UdopEncoderStream(parts.encoder), t5_decoder(parts, parts.config.tie_word_embeddings)
         return Seq2SeqView(model, encoder, decoder, (*_TEXT, "bbox", "pixel_values"))
     if isinstance(model, (BartForConditionalGeneration, MBartForConditionalGeneration)):
         if bool(parts.final_logits_bias.any()):
@@ -73,7 +73,3 @@ def seq2seq_view(model: nn.Module) -> Seq2SeqView | None:
         encoder = BartEncoderStream(parts.model.encoder)
         return Seq2SeqView(model, encoder, BartDecoderStream(parts.model.decoder, parts.lm_head), _TEXT)
     return None
-
-
-def _t5_decoder(model: Any, is_scaled: bool) -> T5DecoderStream:
-    return T5DecoderStream(model.decoder, model.lm_head, model.config.d_model**-0.5 if is_scaled else 1.0)

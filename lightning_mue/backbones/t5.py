@@ -138,6 +138,11 @@ class T5DecoderStream(NormAndHead):
         return key, value
 
 
+def t5_decoder(model: Any, is_scaled: bool) -> T5DecoderStream:
+    """Return the decoder stream of a model of that form; ``is_scaled``: its head is the embedding."""
+    return T5DecoderStream(model.decoder, model.lm_head, model.config.d_model**-0.5 if is_scaled else 1.0)
+
+
 class _Block(nn.Module):
     """An encoder's block; its mask holds the bias already."""
 

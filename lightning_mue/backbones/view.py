@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    Blip2ForConditionalGeneration,
     BlipForConditionalGeneration,
     BlipForQuestionAnswering,
     Florence2ForConditionalGeneration,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from lightning_mue.backbones.blip import BlipView
+from lightning_mue.backbones.blip2 import Blip2View
 from lightning_mue.backbones.florence2 import Florence2View
 from lightning_mue.backbones.seq2seq import seq2seq_view
 from lightning_mue.backbones.stream import Backbone, EncoderKind
@@ -71,6 +73,8 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
         return VisionEncoderDecoderView(model)
     if isinstance(model, (BlipForConditionalGeneration, BlipForQuestionAnswering)):
         return BlipView(model)
+    if isinstance(model, Blip2ForConditionalGeneration):
+        return Blip2View(model)
     if (found := seq2seq_view(model)) is not None:
         return found
     if type(model).__name__ in ("CoCa", "CoCaForConditionalGeneration"):
@@ -79,9 +83,9 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
         return CoCaView(model)
     raise TypeError(
         f"{type(model).__name__} has no view; supported: Florence2ForConditionalGeneration, VisionEncoderDecoderModel, "
-        "BlipForConditionalGeneration, BlipForQuestionAnswering, UdopForConditionalGeneration, "
-        "T5ForConditionalGeneration, BartForConditionalGeneration, MBartForConditionalGeneration, open_clip's CoCa, "
-        f"and what `register_view` names.{_why(model)}"
+        "BlipForConditionalGeneration, BlipForQuestionAnswering, Blip2ForConditionalGeneration around a T5, "
+        "UdopForConditionalGeneration, T5ForConditionalGeneration, BartForConditionalGeneration, "
+        f"MBartForConditionalGeneration, open_clip's CoCa, and what `register_view` names.{_why(model)}"
     )
 
 

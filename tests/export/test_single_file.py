@@ -35,6 +35,7 @@ SIGNALS = {
     "blip_vqa": "gate",
     "t5": "similarity",
     "udop": "gate",
+    "blip2": "gate",
 }
 ALWAYS = {"similarity": -1.0, "gate": 0.0, "flat_similarity": -1.0, "static": 0.0}
 """Thresholds that every score reaches."""

@@ -143,7 +143,7 @@ class OneRowOfT5(OneRow):
 
 def one_row(model, *given):
     kind = OneRowOfCoCa if hasattr(model, "coca") else OneRow
-    return (OneRowOfT5 if isinstance(model, reference.T5_FAMILY) else kind)(model, *given)
+    return (OneRowOfT5 if reference.is_t5(model) else kind)(model, *given)
 
 
 def positions(out):

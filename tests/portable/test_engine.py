@@ -10,7 +10,7 @@ from lightning_mue.inference.answers import only_answers
 from lightning_mue.policy import KV_FILLS, ExitPolicy, ExitRule
 from lightning_mue.portable import files
 from lightning_mue.portable.engine import PortableEngine
-from tests import zoo
+from tests import reference, zoo
 from tests.invariants.policies import CLOSED, STEPS, decoder_rule, encoder_rules, mixed
 from tests.portable.conftest import make_frozen
 from tests.promises import certificate
@@ -195,6 +195,8 @@ def test_wrong_inputs(frozen, wrong, message):
         pytest.skip("it reads no prompt beside the picture")
     if "image tokens, and" in message and not zoo.image_tokens(frozen.name):
         pytest.skip("its prompts hold no picture")
+    if "64" in message and "3, 64, 64" not in message and reference.is_t5(frozen.model):
+        pytest.skip("a T5's positions have no end")
     given = {name: tensor.numpy() for name, tensor in zoo.inputs(frozen.name, 2).items()} | wrong
     if "input_ids" in wrong:
         given["attention_mask"] = np.ones_like(given["input_ids"])

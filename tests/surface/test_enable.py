@@ -13,7 +13,7 @@ from tests import reference, zoo
 from tests.invariants.policies import STEPS, mixed
 from tests.invariants.test_beams import answers
 
-OTHERS = ("blip", "blip_vqa")
+OTHERS = ("blip", "blip_vqa", "blip2")
 """Their `generate` is not that of all models."""
 BACKBONES = [name for name in zoo.BACKBONES if name not in OTHERS]
 SIGNALS = ["gate", "similarity", "margin"]

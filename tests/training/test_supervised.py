@@ -30,7 +30,7 @@ def upper_outputs(model):
         return [
             part.output.dense for layer in decoder.layer[1:] for part in (layer.attention, layer.crossattention, layer)
         ]
-    if isinstance(model, reference.T5_FAMILY):
+    if reference.is_t5(model):
         names = ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")
         return [block.layer[i].get_submodule(name) for block in decoder.block[1:] for i, name in enumerate(names)]
     layers = decoder.layers[1:]
