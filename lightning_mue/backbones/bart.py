@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mue.backbones.decoder import LayerCache, NormAndHead
+from lightning_mue.backbones.decoder import DecoderLayers, LayerCache
 from lightning_mue.backbones.pieces import LayerPieces, bart_pieces
-from lightning_mue.backbones.stream import LayerKV
 
 
 def is_prenorm(stack: Any) -> bool:
@@ -25,7 +24,7 @@ def final_norm(stack: Any) -> nn.Module:
     return stack.layer_norm if is_prenorm(stack) else nn.Identity()
 
 
-class BartDecoderStream(NormAndHead):
+class BartDecoderStream(DecoderLayers):
     """A ``BartDecoder``, ``MBartDecoder`` or ``TrOCRDecoder`` and the head above it.
 
     Args:
@@ -56,24 +55,13 @@ class BartDecoderStream(NormAndHead):
     def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention, of its normed input where the layer is pre-norm."""
         layer = self._decoder.layers[k - 1]
-        return self._project(layer.self_attn, layer.self_attn_layer_norm(h_BTD) if self._prenorm else h_BTD)
+        own, x_BTD = layer.self_attn, layer.self_attn_layer_norm(h_BTD) if self._prenorm else h_BTD
+        return self._heads(own.k_proj(x_BTD)), self._heads(own.v_proj(x_BTD))
 
     def memory_kv(self, k: int, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s cross-attention."""
-        return self._project(self._decoder.layers[k - 1].encoder_attn, memory_BSD)
-
-    def cached_layer(
-        self, k: int, h_BTD: Tensor, kv: LayerKV, self_mask: Tensor | None, memory_mask: Tensor | None
-    ) -> Tensor:
-        """The layer itself; its K/V come from and go to ``kv``."""
-        # The states stand for the memory, whose K/V are in the cache: they only tell the layer that there is one.
-        return self._run(k, h_BTD, h_BTD, self_mask, memory_mask, LayerCache(k, kv))
-
-    def layer(
-        self, k: int, h_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor | None, memory_mask: Tensor | None
-    ) -> Tensor:
-        """The layer itself, without a cache."""
-        return self._run(k, h_BTD, memory_BSD, self_mask, memory_mask, None)
+        cross = self._decoder.layers[k - 1].encoder_attn
+        return self._heads(cross.k_proj(memory_BSD)), self._heads(cross.v_proj(memory_BSD))
 
     def pieces(self, k: int) -> LayerPieces:
         """Layer ``k`` cut at its attentions."""
@@ -113,8 +101,3 @@ class BartDecoderStream(NormAndHead):
         # They leave padding out, so they are of tokens, each of which is asked about as a step of its own.
         of_token = positions_T.expand(ids_BT.shape).reshape(-1, 1)
         return positions(ids_BT.reshape(-1, 1), of_token).view(*ids_BT.shape, -1)
-
-    def _project(self, attention: Any, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (*h_BTD.shape[:2], self.num_heads, self.head_dim)
-        key, value = (proj(h_BTD).view(shape).transpose(1, 2) for proj in (attention.k_proj, attention.v_proj))
-        return key, value

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipForConditionalGeneration, BlipForQuestionAnswering
 
-from lightning_mue.backbones.decoder import LayerCache, NormAndHead
+from lightning_mue.backbones.decoder import DecoderLayers, LayerCache
 from lightning_mue.backbones.generating import GeneratingView
 from lightning_mue.backbones.generation import read_settings
 from lightning_mue.backbones.joint import encoder_call
@@ -22,7 +22,6 @@ from lightning_mue.backbones.stream import (
     EncoderStream,
     Inputs,
     LayerCall,
-    LayerKV,
     Outputs,
     StreamState,
     additive_mask,
@@ -68,7 +67,7 @@ class QuestionStream:
         return state.h_BTD
 
 
-class BlipDecoderStream(NormAndHead):
+class BlipDecoderStream(DecoderLayers):
     """A ``BlipTextLMHeadModel``; the transform before its head stands where others have a final norm.
 
     Args:
@@ -95,24 +94,13 @@ class BlipDecoderStream(NormAndHead):
 
     def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention."""
-        return self._project(self._layers[k - 1].attention.self, h_BTD)
+        own = self._layers[k - 1].attention.self
+        return self._heads(own.key(h_BTD)), self._heads(own.value(h_BTD))
 
     def memory_kv(self, k: int, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s cross-attention."""
-        return self._project(self._layers[k - 1].crossattention.self, memory_BSD)
-
-    def cached_layer(
-        self, k: int, h_BTD: Tensor, kv: LayerKV, self_mask: Tensor | None, memory_mask: Tensor | None
-    ) -> Tensor:
-        """The layer itself; its K/V come from and go to ``kv``."""
-        # The states stand for the memory, whose K/V are in the cache: they only tell the layer that there is one.
-        return self._run(k, h_BTD, h_BTD, self_mask, memory_mask, LayerCache(k, kv))
-
-    def layer(
-        self, k: int, h_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor | None, memory_mask: Tensor | None
-    ) -> Tensor:
-        """The layer itself, without a cache."""
-        return self._run(k, h_BTD, memory_BSD, self_mask, memory_mask, None)
+        cross = self._layers[k - 1].crossattention.self
+        return self._heads(cross.key(memory_BSD)), self._heads(cross.value(memory_BSD))
 
     def pieces(self, k: int) -> LayerPieces:
         """Layer ``k`` cut at its attentions."""
@@ -134,11 +122,6 @@ class BlipDecoderStream(NormAndHead):
         h_BTD, _ = layer.attention(h_BTD, self_mask, past_key_values=cache)
         read_BTD, _ = layer.crossattention.self(h_BTD, None, memory_BSD, memory_mask, cache)
         return layer.feed_forward_chunk(layer.crossattention.output(read_BTD, h_BTD))
-
-    def _project(self, attention: Any, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        heads = (self.num_heads, self.head_dim)
-        key, value = (part(h_BTD).unflatten(-1, heads).transpose(1, 2) for part in (attention.key, attention.value))
-        return key, value
 
 
 class BlipView(GeneratingView):

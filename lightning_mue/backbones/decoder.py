@@ -37,8 +37,8 @@ class LayerCache(EncoderDecoderCache):
         self.cross_attention_cache: Any = SimpleNamespace(layers={index: SimpleNamespace(keys=key, values=value)})
 
 
-class NormAndHead(ABC):
-    """The ends of a decoder stream: all of its layers read the memory, a norm and a linear head follow the last one.
+class DecoderLayers(ABC):
+    """A decoder stream whose layers all read the memory; a norm and a linear head follow the last one.
 
     Args:
         norm: the final norm; an identity where there is none.
@@ -46,6 +46,8 @@ class NormAndHead(ABC):
     """
 
     first_exit = 1
+    num_heads: int
+    head_dim: int
 
     def __init__(self, norm: nn.Module, head: nn.Linear) -> None:
         self._norm, self._head = norm, head
@@ -58,6 +60,34 @@ class NormAndHead(ABC):
     def embed(self, ids_BT: Tensor, first: int) -> Tensor:
         """Return the same for positions ``first, first + 1, ...``."""
         return self.embed_at(ids_BT, torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device))
+
+    def cached_layer(
+        self, k: int, h_BTD: Tensor, kv: LayerKV, self_mask: Tensor | None, memory_mask: Tensor | None
+    ) -> Tensor:
+        """The layer itself; its K/V come from and go to ``kv``."""
+        # The states stand for the memory, whose K/V are in the cache: they only tell the layer that there is one.
+        return self._run(k, h_BTD, h_BTD, self_mask, memory_mask, LayerCache(k, kv))
+
+    def layer(
+        self, k: int, h_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor | None, memory_mask: Tensor | None
+    ) -> Tensor:
+        """The layer itself, without a cache."""
+        return self._run(k, h_BTD, memory_BSD, self_mask, memory_mask, None)
+
+    @abstractmethod
+    def _run(
+        self,
+        k: int,
+        h_BTD: Tensor,
+        memory_BSD: Tensor,
+        self_mask: Tensor | None,
+        memory_mask: Tensor | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """Run the module that layer ``k`` is."""
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def reads_memory(self, k: int) -> bool:
         """All layers do."""

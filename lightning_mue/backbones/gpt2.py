@@ -7,12 +7,11 @@ from typing import Any
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from lightning_mue.backbones.decoder import LayerCache, NormAndHead
+from lightning_mue.backbones.decoder import DecoderLayers, LayerCache
 from lightning_mue.backbones.pieces import LayerPieces, gpt2_pieces
-from lightning_mue.backbones.stream import LayerKV
 
 
-class GPT2DecoderStream(NormAndHead):
+class GPT2DecoderStream(DecoderLayers):
     """A ``GPT2LMHeadModel`` that reads a picture.
 
     Args:
@@ -48,22 +47,18 @@ class GPT2DecoderStream(NormAndHead):
         key, value = self._decoder.h[k - 1].crossattention.c_attn(memory_BSD).chunk(2, -1)
         return self._heads(key), self._heads(value)
 
-    def cached_layer(
-        self, k: int, h_BTD: Tensor, kv: LayerKV, self_mask: Tensor | None, memory_mask: Tensor | None
-    ) -> Tensor:
-        """The block itself; its K/V come from and go to ``kv``."""
-        # The states stand for the memory, whose K/V are in the cache: they only tell the block that there is one.
-        return self._decoder.h[k - 1](h_BTD, LayerCache(k, kv), self_mask, h_BTD, memory_mask, use_cache=True)
-
-    def layer(
-        self, k: int, h_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor | None, memory_mask: Tensor | None
-    ) -> Tensor:
-        """The block itself, without a cache."""
-        return self._decoder.h[k - 1](h_BTD, None, self_mask, memory_BSD, memory_mask)
-
     def pieces(self, k: int) -> LayerPieces:
         """Layer ``k`` cut at its attentions."""
         return gpt2_pieces(self._decoder.h[k - 1], self.num_heads)
 
-    def _heads(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+    def _run(
+        self,
+        k: int,
+        h_BTD: Tensor,
+        memory_BSD: Tensor,
+        self_mask: Tensor | None,
+        memory_mask: Tensor | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        beside = (cache, self_mask, memory_BSD, memory_mask)
+        return self._decoder.h[k - 1](h_BTD, *beside, use_cache=cache is not None)

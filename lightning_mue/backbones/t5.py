@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mue.backbones.decoder import LayerCache, NormAndHead
+from lightning_mue.backbones.decoder import DecoderLayers, LayerCache
 from lightning_mue.backbones.pieces import LayerPieces, t5_pieces
-from lightning_mue.backbones.stream import Inputs, LayerCall, LayerKV, Outputs, StreamState, additive_mask
+from lightning_mue.backbones.stream import Inputs, LayerCall, Outputs, StreamState, additive_mask
 
 
 class T5EncoderStream:
@@ -63,7 +63,7 @@ class T5EncoderStream:
         return self._encoder.dropout(self._encoder.final_layer_norm(state.h_BTD))
 
 
-class T5DecoderStream(NormAndHead):
+class T5DecoderStream(DecoderLayers):
     """The decoder of a T5 or a UDOP and the head above it.
 
     Args:
@@ -95,24 +95,13 @@ class T5DecoderStream(NormAndHead):
     def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention, of its normed input."""
         part = self._decoder.block[k - 1].layer[0]
-        return self._project(part.SelfAttention, part.layer_norm(h_BTD))
+        own, x_BTD = part.SelfAttention, part.layer_norm(h_BTD)
+        return self._heads(own.k(x_BTD)), self._heads(own.v(x_BTD))
 
     def memory_kv(self, k: int, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s cross-attention."""
-        return self._project(self._decoder.block[k - 1].layer[1].EncDecAttention, memory_BSD)
-
-    def cached_layer(
-        self, k: int, h_BTD: Tensor, kv: LayerKV, self_mask: Tensor | None, memory_mask: Tensor | None
-    ) -> Tensor:
-        """The block itself; its K/V come from and go to ``kv``."""
-        # The states stand for the memory, whose K/V are in the cache: they only tell the block that there is one.
-        return self._run(k, h_BTD, h_BTD, self_mask, memory_mask, LayerCache(k, kv))
-
-    def layer(
-        self, k: int, h_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor | None, memory_mask: Tensor | None
-    ) -> Tensor:
-        """The block itself, without a cache."""
-        return self._run(k, h_BTD, memory_BSD, self_mask, memory_mask, None)
+        cross = self._decoder.block[k - 1].layer[1].EncDecAttention
+        return self._heads(cross.k(memory_BSD)), self._heads(cross.v(memory_BSD))
 
     def pieces(self, k: int) -> LayerPieces:
         """Layer ``k`` cut at its attentions."""
@@ -131,11 +120,6 @@ class T5DecoderStream(NormAndHead):
         given = (self_mask, no_bias, memory_BSD, memory_mask)
         result_BTD: Tensor = self._decoder.block[k - 1](h_BTD, *given, past_key_values=cache)[0]
         return result_BTD
-
-    def _project(self, attention: Any, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (*h_BTD.shape[:2], self.num_heads, self.head_dim)
-        key, value = (proj(h_BTD).view(shape).transpose(1, 2) for proj in (attention.k, attention.v))
-        return key, value
 
 
 def t5_decoder(model: Any, is_scaled: bool) -> T5DecoderStream:
