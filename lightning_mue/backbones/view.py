@@ -40,23 +40,25 @@ def register_view(kind: type[nn.Module], make: Callable[[Any], Backbone]) -> Non
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside PEFT's wrapper, whose layers hold the adapters; or the model itself.
+    """Return the model inside PEFT's wrapper, whose layers hold the adapters, or ``torch.compile``'s; or itself.
 
     Raises:
         ValueError: the wrapper learns prompts, which nobody would read.
     """
+    if type(model).__name__ == "OptimizedModule":
+        return unwrapped(model._orig_mod)
     if not any(kind.__name__ == "PeftModel" for kind in type(model).__mro__):
         return model
     if model.active_peft_config.is_prompt_learning:
         raise ValueError("PEFT's prompts are beside the model and not in its layers; LoRA and its like go on working.")
-    return model.get_base_model()
+    return unwrapped(model.get_base_model())
 
 
 def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
     """Return the streams of a supported model; its weights and modules stay untouched.
 
     Args:
-        model: a supported model, or PEFT's wrapper around one.
+        model: a supported model, or PEFT's or ``torch.compile``'s wrapper around one.
         encoder: how image and text meet; if not given, as the attached exits say, else jointly.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The model that a LightningModule holds."""
+"""The model that a LightningModule holds, and its exits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_mue.backbones import unwrapped
+from lightning_mue.exits import Exits, attached
 
 
 def held_model(pl_module: L.LightningModule, path: str) -> Any:
@@ -27,6 +28,22 @@ def held_model(pl_module: L.LightningModule, path: str) -> Any:
             f"has {[name for name, _ in pl_module.named_children()]}, got {path!r}."
         )
     return unwrapped(found)
+
+
+def held_exits(pl_module: L.LightningModule, path: str) -> Exits:
+    """Return the exits of the model at an attribute path.
+
+    Raises:
+        ValueError: it has none any more.
+    """
+    exits = attached(held_model(pl_module, path))
+    if exits is None:
+        raise ValueError(
+            f"Exits were attached to `{path}`, and {type(pl_module).__name__} now holds a model without them. "
+            "`configure_model` is called more than once, as Lightning documents, and must make it once: "
+            f"`if self.{path} is None`."
+        )
+    return exits
 
 
 def _submodule(pl_module: L.LightningModule, path: str) -> nn.Module | None:

@@ -11,11 +11,12 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mue.backbones import EXITS, Backbone, num_layers, view
-from lightning_mue.callbacks.held_model import held_model
-from lightning_mue.callbacks.supervised_call import check_gives_loss, computes_loss, read_call
+from lightning_mue.callbacks.held_model import held_exits, held_model
+from lightning_mue.callbacks.kept_exits import check_trainer, may_be_absent
+from lightning_mue.callbacks.supervised_call import check_compiled, check_gives_loss, computes_loss, read_call
 from lightning_mue.exits import ExitConfig, Exits, attach_exits, attached, exits_on_the_way
 from lightning_mue.exits.exits_file import check_same, pack_exits, unpack_exits
 from lightning_mue.training.add_loss import add_loss
@@ -100,7 +101,7 @@ class MultiExitSupervision(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Attach the exits: before the optimizer is made, and before a checkpoint is read."""
-        _check_trainer(trainer)
+        check_trainer(trainer)
         model = held_model(pl_module, self.model)
         exits = attached(model)
         if exits is None:
@@ -111,6 +112,8 @@ class MultiExitSupervision(L.Callback):
         backbone = view(model)
         check_contrast(self.supervision, backbone, exits)
         check_gives_loss(model, backbone)
+        if computes_loss(model):
+            check_compiled(pl_module, self.model)
         if self.supervision.propagate and not computes_loss(model):
             raise ValueError(
                 "`propagate` replaces a step's whole loss, and this project computes its own; set it to 0."
@@ -121,7 +124,7 @@ class MultiExitSupervision(L.Callback):
                 "project's own forward outside of `training_step` (its validation loss, its `generate`) the joint one."
             )
         self._release()
-        self._forget_absence = exits.register_load_state_dict_post_hook(_may_be_absent).remove
+        self._forget_absence = exits.register_load_state_dict_post_hook(may_be_absent).remove
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look whether the exits will learn."""
@@ -238,9 +241,7 @@ class MultiExitSupervision(L.Callback):
         return trainer.global_step / max(1, total)
 
     def _exits(self, pl_module: L.LightningModule) -> Exits:
-        exits = attached(held_model(pl_module, self.model))
-        assert exits is not None
-        return exits
+        return held_exits(pl_module, self.model)
 
     def _weights_in(self, state_dict: Mapping[str, Any], pl_module: L.LightningModule) -> list[str]:
         """Return the names of the exits' weights in the project's, under whatever attributes it holds the model."""
@@ -272,29 +273,3 @@ def find_model(trainer: L.Trainer, pl_module: L.LightningModule, path: str | Non
     if path is None and len(trained) > 1:
         raise ValueError(f"`model` must say which of {trained} is meant.")
     return held_model(pl_module, path or (trained[0] if trained else "model"))
-
-
-def _check_trainer(trainer: L.Trainer) -> None:
-    """Refuse what would lose the exits.
-
-    Raises:
-        ValueError: a checkpoint of weights alone, or a strategy that shards them.
-    """
-    if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
-        raise ValueError(
-            "A checkpoint with `save_weights_only=True` holds no callback's state, and so no exits; leave that out, or "
-            "write them yourself with `lightning_mue.save_exits(model, path)`."
-        )
-    if trainer.strategy.restore_checkpoint_after_setup:
-        raise ValueError(
-            "MultiExitSupervision needs whole weights in every process (one device, or DDP), got "
-            f"{type(trainer.strategy).__name__}."
-        )
-
-
-def _may_be_absent(exits: nn.Module, keys: Any) -> None:
-    """Accept weights of the project without exits: their own come from the callback's state."""
-    missing = [key for key in keys.missing_keys if EXITS in key.split(".")]
-    if len(missing) == len(exits.state_dict()):
-        for key in missing:
-            keys.missing_keys.remove(key)

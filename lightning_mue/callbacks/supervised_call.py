@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -32,6 +33,21 @@ def check_gives_loss(model: Any, backbone: Backbone) -> None:
         raise ValueError(
             f"The `forward` of {type(model).__name__} takes no `labels` and returns no `loss`; train it by "
             "`lightning_mue.MultiExitModule`, or give it both."
+        )
+
+
+def check_compiled(pl_module: L.LightningModule, path: str) -> None:
+    """Refuse one graph of what trains through layers, one exit after the other.
+
+    Raises:
+        ValueError: the project or its model is compiled with ``fullgraph=True``.
+    """
+    of_project = (getattr(pl_module, "_compiler_ctx", None) or {}).get("dynamo_ctx")
+    of_model = getattr(pl_module.get_submodule(path), "dynamo_ctx", None)
+    if any(getattr(context, "fullgraph", False) for context in (of_project, of_model)):
+        raise ValueError(
+            f"`torch.compile(..., fullgraph=True)` makes one graph of a step, and exits of {path!r} are trained beside "
+            "what is compiled; leave `fullgraph` out, or compile each layer (`layer.compile()`)."
         )
 
 

@@ -117,11 +117,16 @@ def attach_exits(model: nn.Module, config: ExitConfig | Mapping[str, Any]) -> Ex
 
     Raises:
         TypeError: the model has no view.
-        ValueError: unknown streams or layers, or exits are attached already.
+        ValueError: unknown streams or layers, exits are attached already, or each rank holds a part of the weights.
     """
     config, model = ExitConfig.of(config), unwrapped(model)
     if hasattr(model, EXITS):
         raise ValueError("Exits are attached already; call `detach_exits(model)` first.")
+    if sharded := next((n for n, p in model.named_parameters() if type(p).__name__ == "DTensor"), None):
+        raise ValueError(
+            f"{sharded} is sharded, and exits that come later would be whole, each rank's with gradients of its own; "
+            "call `attach_exits` before `fully_shard`."
+        )
     backbone = view(model, config.encoder_kind)
     config.check(exit_streams(backbone), {"decoder": backbone.decoder.first_exit})
     widths = {s.name: s.width for s in backbone.encoders} | {"decoder": backbone.decoder.width}

@@ -19,6 +19,8 @@ def replace_loss(model: Any, loss_of: LossOf) -> Callable[[], None]:
     """Make ``model(**batch).loss`` be ``loss_of(batch, False)``; calls without gradients stay the model's own.
 
     The model's own forward does not run unless something else of its output is read, so that nothing is computed twice.
+    What ``torch.compile`` made of the whole model is of another forward and stands aside; layers stay compiled. A step
+    that is itself compiled goes on with what it has compiled: it would have to begin anew at each of our forwards.
 
     Args:
         model: its ``forward`` is replaced on the instance.
@@ -30,6 +32,7 @@ def replace_loss(model: Any, loss_of: LossOf) -> Callable[[], None]:
     plain = model.forward
     names = list(inspect.signature(plain).parameters)
 
+    @torch.compiler.disable
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -37,7 +40,13 @@ def replace_loss(model: Any, loss_of: LossOf) -> Callable[[], None]:
         given = dict(zip(names, args, strict=False)) | kwargs
         return TrainingOutput(given, loss_of, lambda: plain(*args, **kwargs))
 
-    return replace_attribute(model, "forward", forward)
+    put_back = [replace_attribute(model, "forward", forward), replace_attribute(model, "_compiled_call_impl", None)]
+
+    def restore() -> None:
+        for one in put_back:
+            one()
+
+    return restore
 
 
 def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
@@ -67,10 +76,12 @@ class TrainingOutput:
         self._given, self._loss_of, self._forward = given, loss_of, forward
 
     @cached_property
+    @torch.compiler.disable
     def loss(self) -> Tensor:
         """Stands for the model's own."""
         return self._loss_of(self._given, False)
 
+    @torch.compiler.disable
     def exit_losses(self, labels_BT: Tensor) -> Tensor:
         """Return what to add to a loss that somebody else made of ``logits``."""
         return self._loss_of({**self._given, "labels": labels_BT}, True)

@@ -62,6 +62,30 @@ def test_every_exit_parameter_gets_a_gradient_in_every_step(name, depths, kind):
     assert model.training
 
 
+def count_checkpoints(model):
+    """Note each layer whose states are given up, to be computed again in the backward pass."""
+    seen = []
+    for module in model.modules():
+        if (own := getattr(module, "_gradient_checkpointing_func", None)) is not None:
+            module._gradient_checkpointing_func = lambda *args, own=own: seen.append(args) or own(*args)
+    return seen
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "coca"])  # open_clip's has a switch of its own
+def test_gradient_checkpointing_changes_no_gradient(name):
+    model = zoo.make(name).train()
+    tensors, labels = batch_of(name)
+    torch.manual_seed(1)
+    expected = gradients(model, tensors, labels)
+    model.activation_checkpointing_enable()
+    seen = count_checkpoints(model)
+    torch.manual_seed(1)  # dropout
+    found = gradients(model, tensors, labels)
+    assert len(seen) >= view(model).decoder.num_layers
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[n], gradient) for n, gradient in expected.items())
+
+
 @pytest.mark.parametrize("kind", list(STEPS))
 @pytest.mark.parametrize("depths", [{}, {"vision": 1}, {"encoder": 2}])
 def test_in_distributed_training_no_parameter_is_without_a_gradient(depths, kind, tmp_path):
