@@ -92,6 +92,15 @@ def test_links_lead_somewhere(page):
         assert target.startswith("http") or Path(folder, target).exists(), f"{page}: {target}"
 
 
+def test_tests_that_pages_name_are_there():
+    named = set(re.findall(r"`(test_\w+)`", "".join(PAGES.values())))
+    defined = {
+        n for path in ROOT.glob("tests/**/test_*.py") for n in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    assert len(named) > 10
+    assert not named - defined
+
+
 def test_every_page_is_in_the_site():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     assert {page for entry in nav for page in entry.values()} == set(PAGES)
