@@ -115,8 +115,7 @@ class MultiExitModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Take over the weights to begin with; a checkpoint that a run goes on from is read later and wins."""
         if stage == "fit" and self._init_from is not None:
-            processor = getattr(getattr(self.trainer, "datamodule", None), "processor", None)
-            left = take_weights(self, self._init_from, processor)
+            left = take_weights(self, self._init_from, getattr(self.trainer, "datamodule", None))
             rank_zero_info(f"init_from: {len(left)} of {len(self.state_dict())} weights begin anew {left[:3]}")
 
     def on_train_start(self) -> None:

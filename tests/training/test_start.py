@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -51,9 +53,32 @@ def test_another_tokenizer_is_refused(checkpoint, tmp_path):
     trained, _ = checkpoint
     own, other = (train_tokenizer([text], 300) for text in ("red circle", "blue square"))
     torch.save({"state_dict": trained.state_dict(), "ShardsDataModule": {"tokenizer": own}}, tmp_path / "e.ckpt")
-    take_weights(module(), tmp_path / "e.ckpt", build_processor(own, 32, 2))
+    take_weights(module(), tmp_path / "e.ckpt", SimpleNamespace(processor=build_processor(own, 32, 2)))
     with pytest.raises(ValueError, match="another tokenizer"):
-        take_weights(module(), tmp_path / "e.ckpt", build_processor(other, 32, 2))
+        take_weights(module(), tmp_path / "e.ckpt", SimpleNamespace(processor=build_processor(other, 32, 2)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "fits"),
+    [
+        ({}, True),
+        ({"holdout": 0.05}, True),  # part of what was held out before
+        ({"train": "others"}, True),
+        ({"seed": 1, "holdout": 0.0}, True),
+        ({"seed": 1}, False),
+        ({"holdout": 0.2}, False),
+    ],
+)
+def test_what_is_held_out_must_not_have_trained_the_checkpoint(checkpoint, tmp_path, changed, fits):
+    trained, _ = checkpoint
+    before = {"train": "shards", "seed": 0, "holdout": 0.1}
+    torch.save({"state_dict": trained.state_dict(), "datamodule_hyper_parameters": before}, tmp_path / "f.ckpt")
+    data = SimpleNamespace(hparams=before | changed)
+    if fits:
+        take_weights(module(), tmp_path / "f.ckpt", data)
+        return
+    with pytest.raises(ValueError, match=r"samples that were learnt; give both runs the same"):
+        take_weights(module(), tmp_path / "f.ckpt", data)
 
 
 @pytest.mark.parametrize(
