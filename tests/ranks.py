@@ -1,4 +1,4 @@
-"""Several processes of one job, forked: each as a launcher would start it, without importing torch again."""
+"""Several processes of one job, each as a launcher would start it; forked, so that none imports torch again."""
 
 import contextlib
 import logging
@@ -11,13 +11,17 @@ import time
 import torch
 
 
-def start(folder, world, function, environments=None):
-    """Start ``function()`` as ranks 0 to ``world - 1``; they write to ``rank<k>.log`` in the folder."""
+def start(folder, world, function, environments=None, fresh=False):
+    """Start ``function()`` as ranks 0 to ``world - 1``; they write to ``rank<k>.log`` in the folder.
+
+    Ranks that train must be ``fresh``, and their function one that can be pickled: autograd refuses to run in a fork of
+    a process in which it has threads of its own.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     ours = [{"LOCAL_RANK": str(k), "NODE_RANK": "0", "WORLD_SIZE": str(world)} for k in range(world)]
-    context, started = multiprocessing.get_context("fork"), []
+    context, started = multiprocessing.get_context("spawn" if fresh else "fork"), []
     for rank, environment in enumerate(environments or ours):
         arguments = (function, common | environment, folder / f"rank{rank}.log")
         started.append(context.Process(target=_run, args=arguments))
@@ -37,9 +41,9 @@ def ended(folder, started, timeout=120):
     return codes, [(folder / f"rank{rank}.log").read_text() for rank in range(len(started))]
 
 
-def run(folder, world, function, environments=None, timeout=120):
+def run(folder, world, function, environments=None, timeout=120, fresh=False):
     """Start ranks and wait for them."""
-    return ended(folder, start(folder, world, function, environments), timeout)
+    return ended(folder, start(folder, world, function, environments, fresh), timeout)
 
 
 def my_rank():

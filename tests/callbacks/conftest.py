@@ -1,5 +1,7 @@
 """A project that is not ours: a plain LightningModule around a model with exits, and plain loaders."""
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
@@ -49,12 +51,14 @@ def make_loader():
     return lambda *args: DataLoader(Foreign(*args), BATCH)
 
 
+def trainer_in(folder, *callbacks, **options):
+    """A quiet trainer of two steps, unless told otherwise."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
+    keep = {"enable_checkpointing": False, "num_sanity_val_steps": 0, "max_steps": 2, "devices": 1}
+    root = {"default_root_dir": folder / "run"}
+    return L.Trainer(callbacks=list(callbacks), **(root | quiet | keep | options))
+
+
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(*callbacks, **options):
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
-        keep = {"enable_checkpointing": False, "num_sanity_val_steps": 0, "max_steps": 2, "devices": 1}
-        root = {"default_root_dir": tmp_path / "run"}
-        return L.Trainer(callbacks=list(callbacks), **(root | quiet | keep | options))
-
-    return make
+    return partial(trainer_in, tmp_path)

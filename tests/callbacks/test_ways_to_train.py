@@ -16,6 +16,7 @@ import lightning_mue as mue
 from lightning_mue.exits import attached
 from tests import ranks, zoo
 from tests.callbacks import test_coca_project as coca
+from tests.callbacks.conftest import trainer_in
 from tests.callbacks.test_multi_exit_supervision import EXITS, Captioner, Losses, make_loader, supervision
 
 STEPS, TOKENS = 4, 4
@@ -44,19 +45,19 @@ def logits_of(name):
     return Smoothed()
 
 
-@pytest.fixture
-def fit(make_trainer):
+def train(folder, module, callback=None, loader=None, **options):
     """Run four steps; return the module, the loss of each step and all weights."""
+    losses = Losses()
+    callbacks = [losses] if callback is False else [losses, callback or ours()]
+    trainer = trainer_in(folder, *callbacks, **{"limit_val_batches": 0, "max_steps": STEPS} | options)
+    torch.manual_seed(0)
+    trainer.fit(module, loader or make_loader())
+    return trainer.lightning_module, losses.total, trainer.lightning_module.state_dict()
 
-    def run(module, callback=None, loader=None, **options):
-        losses = Losses()
-        callbacks = [losses] if callback is False else [losses, callback or ours()]
-        trainer = make_trainer(*callbacks, **{"limit_val_batches": 0, "max_steps": STEPS} | options)
-        torch.manual_seed(0)
-        trainer.fit(module, loader or make_loader())
-        return trainer.lightning_module, losses.total, trainer.lightning_module.state_dict()
 
-    return run
+@pytest.fixture
+def fit(tmp_path):
+    return partial(train, tmp_path)
 
 
 @pytest.fixture
@@ -203,22 +204,22 @@ def even_loader(batch_size, first=0, every=1):
     )
 
 
-def on_two(folder, fit, *given, strategy):
+def on_two(folder, project, callback, strategy):
     """Train on two processes, each with every second sample; return how that ended, and what each found."""
-
-    def run():
-        how = {"devices": 2, "strategy": strategy(process_group_backend="gloo"), "use_distributed_sampler": False}
-        module, losses, weights = fit(given[0](), *given[1:], even_loader(6, ranks.my_rank(), 2), **how)
-        module.trainer.save_checkpoint(folder / "last.ckpt")
-        torch.save({"losses": losses, "weights": weights}, folder / f"rank{ranks.my_rank()}.pt")
-
-    codes, said = ranks.run(folder, 2, run)
+    codes, said = ranks.run(folder, 2, partial(_half, folder, project, callback, strategy), timeout=300, fresh=True)
     return codes, said, [folder / f"rank{rank}.pt" for rank in range(2)]
+
+
+def _half(folder, project, callback, strategy):
+    how = {"devices": 2, "strategy": strategy(process_group_backend="gloo"), "use_distributed_sampler": False}
+    module, losses, weights = train(folder, project(), callback, even_loader(6, ranks.my_rank(), 2), **how)
+    module.trainer.save_checkpoint(folder / "last.ckpt")
+    torch.save({"losses": losses, "weights": weights}, folder / f"rank{ranks.my_rank()}.pt")
 
 
 def test_two_processes_learn_what_one_does_of_the_same_data(fit, tmp_path):
     """An exit that a step passes over is waited for by none."""
-    codes, said, files = on_two(tmp_path, fit, Captioner, ours(), strategy=DDPStrategy)
+    codes, said, files = on_two(tmp_path, Captioner, ours(), DDPStrategy)
     assert codes == [0, 0], said
     expected = fit(Captioner(), ours(), even_loader(12))
     found = [torch.load(file, weights_only=True) for file in files]
@@ -264,7 +265,7 @@ class InOneProcess(ShardedWithExits):
 def test_sharded_by_fsdp2_the_loss_takes_exit_losses(fit, tmp_path):
     sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
     strategy = partial(ModelParallelStrategy, save_distributed_checkpoint=False, **sizes)
-    codes, said, files = on_two(tmp_path, fit, ShardedWithExits, False, strategy=strategy)
+    codes, said, files = on_two(tmp_path, ShardedWithExits, False, strategy)
     assert codes == [0, 0], said
     _, losses, weights = fit(InOneProcess(), False, even_loader(12))
     found = [torch.load(file, weights_only=True)["losses"] for file in files]
@@ -275,8 +276,8 @@ def test_sharded_by_fsdp2_the_loss_takes_exit_losses(fit, tmp_path):
     assert (answers(again, "confidence", 0.01).exit_depths["decoder"] == 1).any()
 
 
-def test_sharded_by_fsdp2_the_callback_says_what_to_do(fit, tmp_path):
-    codes, said, _ = on_two(tmp_path, fit, Sharded, ours(), strategy=ModelParallelStrategy)
+def test_sharded_by_fsdp2_the_callback_says_what_to_do(tmp_path):
+    codes, said, _ = on_two(tmp_path, Sharded, ours(), ModelParallelStrategy)
     assert codes == [1, 1], said
     words = "got ModelParallelStrategy. Where the model fits on one device, train with `strategy='ddp'`; else"
     assert all(words in text for text in said)

@@ -1,10 +1,7 @@
 """The contrastive loss: open_clip's own, equal texts left out, every exit of the texts, several processes."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
+from functools import partial
 
 import open_clip
 import pytest
@@ -31,7 +28,6 @@ from lightning_mue.training.pairs import FULL_DEPTH, Pairs, check_contrast
 from lightning_mue.training.supervised import encode, supervise
 from lightning_mue.training.supervision import Supervision
 from tests import ranks, zoo
-from tests.runs import ROOT
 from tests.training.test_objective import watch_gate_loss
 from tests.training.test_supervised import batch_of
 
@@ -191,14 +187,8 @@ def test_several_processes_compare_with_all_of_them(tmp_path):
     image.requires_grad_()
     expected = info_nce(image @ text.T, equal_rows(ids))
     expected.backward()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    code = f"from tests.training.test_contrast import one_rank; one_rank({str(tmp_path)!r})"
-    started = [  # not forked: a fork of a process that has trained cannot
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=common | {"LOCAL_RANK": str(k)}) for k in range(2)
-    ]
-    assert [process.wait(120) for process in started] == [0, 0]
+    codes, logs = ranks.run(tmp_path, 2, partial(one_rank, tmp_path), fresh=True)
+    assert codes == [0, 0], logs
     for k in range(2):
         loss, grad = torch.load(tmp_path / f"{k}.pt")
         torch.testing.assert_close(loss, expected.detach())
