@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import lightning_mue as mue
@@ -42,6 +42,21 @@ def test_exits_of_a_model_with_lora(name, tmp_path):
     plain = net.merge_and_unload()
     mue.freeze(plain, ExitPolicy(), tmp_path / "bundle")
     assert mue.load(tmp_path / "bundle").generate(STEPS, **tensors).sequences.tolist() == expected.tolist()
+
+
+def test_adapters_and_exits_lie_side_by_side(tmp_path):
+    """What PEFT saves are its own weights alone; both come back onto a plain model."""
+    net, tensors = wrapped(), zoo.inputs("florence2", 4)
+    mue.attach_exits(net, zoo.exit_config("florence2"))
+    policy = mixed(net, "florence2", tensors)
+    expected = mue.ExitEngine(net, policy).generate(STEPS, **tensors)
+    net.save_pretrained(tmp_path / "adapters")
+    mue.save_exits(net, tmp_path / "exits.safetensors")
+    again = PeftModel.from_pretrained(zoo.make("florence2", exits=False), tmp_path / "adapters").eval()
+    mue.load_exits(again, tmp_path / "exits.safetensors")
+    found = mue.ExitEngine(again, policy).generate(STEPS, **tensors)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    assert found.exit_depths["decoder"].tolist() == expected.exit_depths["decoder"].tolist()
 
 
 class Lora(Captioner):
