@@ -1,0 +1,40 @@
+"""The table of orders of work: each order runs what its depths ask for, and the costs are those of the calls."""
+
+import pytest
+import schedules
+from decode_case import just_in_time_pairs, ragged_depths
+from schedules import ORDERS, CallCost, full_depth
+
+LAYERS, STEPS = 6, 9
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("name", ORDERS)
+def test_an_order_runs_every_pair_that_is_asked_for_once(name, rows):
+    depths = ragged_depths(rows, STEPS, LAYERS, 3, seed=rows)
+    calls = list(ORDERS[name](depths, LAYERS))
+    asked = sum(map(sum, depths)) if name == "nothing caught up" else just_in_time_pairs(depths)
+    assert sum(pairs for _, pairs in calls) == asked
+    assert all(1 <= n <= min(rows, pairs) for n, pairs in calls)
+    assert sum(n for n, _ in calls) == sum(map(sum, depths))  # each token takes the layers up to its own
+
+
+def test_at_full_depth_all_orders_are_one():
+    depths = [[LAYERS] * STEPS] * 4
+    assert all(list(order(depths, LAYERS)) == list(full_depth(depths, LAYERS)) for order in ORDERS.values())
+
+
+def test_rows_that_go_alone_meet_where_most_wait():
+    assert list(ORDERS["fullest first"]([[1, 1], [2, 1]], 2)) == [(2, 2), (1, 1), (2, 2)]
+    assert list(ORDERS["just in time"]([[1, 2], [2, 2]], 2)) == [(2, 2), (1, 1), (2, 2), (2, 3)]
+
+
+def test_a_call_costs_its_weights_its_rows_and_what_they_catch_up():
+    assert CallCost(10, 2, 0.5).of(iter([(3, 3), (1, 4)])) == pytest.approx(2 * 10 + 4 * 2 + 3 * 0.5)
+
+
+def test_the_page_has_a_line_of_each_batch_and_precision(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    schedules.main(["--shape", "tiny", "--batches", "1", "3", "--repeats", "1", "--out", str(tmp_path)])
+    (page,) = (path.read_text() for path in tmp_path.iterdir())
+    assert [page.count(f"\n| {batch} | {name} |") for batch in (1, 3) for name in ("ORT fp32", "ORT int8")] == [1] * 4
