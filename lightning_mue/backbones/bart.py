@@ -52,7 +52,7 @@ class BartDecoderStream(DecoderLayers):
             h_BTD = decoder.layernorm_embedding(h_BTD)
         return nn.functional.dropout(h_BTD, p=decoder.dropout, training=decoder.training)
 
-    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def self_kv(self, k: int, h_BTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention, of its normed input where the layer is pre-norm."""
         layer = self._decoder.layers[k - 1]
         own, x_BTD = layer.self_attn, layer.self_attn_layer_norm(h_BTD) if self._prenorm else h_BTD

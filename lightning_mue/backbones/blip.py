@@ -92,7 +92,7 @@ class BlipDecoderStream(DecoderLayers):
         """Token and position embeddings and their norm."""
         return self._embeddings(ids_BT, position_ids=positions_T)
 
-    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def self_kv(self, k: int, h_BTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention."""
         own = self._layers[k - 1].attention.self
         return self._heads(own.key(h_BTD)), self._heads(own.value(h_BTD))

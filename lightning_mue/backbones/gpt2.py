@@ -36,7 +36,7 @@ class GPT2DecoderStream(DecoderLayers):
         """Token and position embeddings, as ``GPT2Model.forward`` adds them."""
         return self._decoder.drop(self._decoder.wte(ids_BT) + self._decoder.wpe(positions_T))
 
-    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def self_kv(self, k: int, h_BTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention, of its normed input."""
         block = self._decoder.h[k - 1]
         _, key, value = block.attn.c_attn(block.ln_1(h_BTD)).chunk(3, -1)

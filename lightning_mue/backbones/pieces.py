@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 
+class NoPieces(ValueError):
+    """A decoder that a runtime of graphs does not run."""
+
+
 @dataclass(frozen=True)
 class LayerPieces:
     """One decoder layer.

@@ -92,7 +92,7 @@ class T5DecoderStream(DecoderLayers):
         bias = self._attention.compute_bias(1, most + 1, past_seen_tokens=most)
         return bias[0, :, 0].flip(-1)
 
-    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def self_kv(self, k: int, h_BTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention, of its normed input."""
         part = self._decoder.block[k - 1].layer[0]
         own, x_BTD = part.SelfAttention, part.layer_norm(h_BTD)
