@@ -38,7 +38,7 @@ class BartDecoderStream(DecoderLayers):
         config = self._decoder.config
         self.num_layers = len(self._decoder.layers)
         self.width = config.d_model
-        self.num_heads = config.decoder_attention_heads
+        self.num_heads = self.num_kv_heads = config.decoder_attention_heads
         self.head_dim = config.d_model // config.decoder_attention_heads
         self.memory_width = self._decoder.layers[0].encoder_attn.k_proj.in_features
         self.max_positions = config.max_position_embeddings

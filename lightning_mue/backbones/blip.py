@@ -84,7 +84,8 @@ class BlipDecoderStream(DecoderLayers):
             raise TypeError("A BLIP without cross-attention reads no picture; its text config needs `is_decoder`.")
         attention = self._layers[0].attention.self
         self.num_layers, self.width = len(self._layers), decoder.config.hidden_size
-        self.num_heads, self.head_dim = attention.num_attention_heads, attention.attention_head_size
+        self.num_heads = self.num_kv_heads = attention.num_attention_heads
+        self.head_dim = attention.attention_head_size
         self.memory_width = self._layers[0].crossattention.self.key.in_features
         self.max_positions = self._embeddings.position_embeddings.num_embeddings
 

@@ -51,6 +51,7 @@ class DecoderLayers(ABC):
 
     first_exit = 1
     num_heads: int
+    num_kv_heads: int
     head_dim: int
 
     def __init__(self, norm: nn.Module, head: nn.Linear) -> None:
@@ -96,11 +97,6 @@ class DecoderLayers(ABC):
     def reads_memory(self, k: int) -> bool:
         """All layers do."""
         return True
-
-    @property
-    def num_kv_heads(self) -> int:
-        """As many as of queries."""
-        return self.num_heads
 
     def window(self, k: int) -> int | None:
         """All positions before are seen."""

@@ -29,7 +29,8 @@ class GPT2DecoderStream(DecoderLayers):
             raise TypeError("A GPT-2 without cross-attention reads no picture; its config needs `add_cross_attention`.")
         self.num_layers = len(self._decoder.h)
         self.width = self.memory_width = self._decoder.embed_dim
-        self.num_heads, self.head_dim = first.attn.num_heads, first.attn.head_dim
+        self.num_heads = self.num_kv_heads = first.attn.num_heads
+        self.head_dim = first.attn.head_dim
         self.max_positions = self._decoder.wpe.num_embeddings
 
     def embed_at(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class DecoderStream(Protocol):
         """Return how many positions self-attention of layer ``k`` sees, its own included; None: all before it."""
 
     def self_kv(self, k: int, h_BTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Project what enters layer ``k``, from position ``first`` on, for self-attention: K, V ``[B, kv heads, T, d]``."""
+        """Project what enters layer ``k``, from position ``first`` on, for its self-attention: K and V, as below."""
 
     def memory_kv(self, k: int, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Project the memory for layer ``k``'s cross-attention: K and V, each ``[B, kv heads, S, d]``."""

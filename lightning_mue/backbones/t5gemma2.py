@@ -15,9 +15,10 @@ from transformers import T5Gemma2ForConditionalGeneration
 from transformers.models.t5gemma2.modeling_t5gemma2 import apply_rotary_pos_emb
 
 from lightning_mue.backbones.decoder import DecoderLayers, LayerCache
-from lightning_mue.backbones.pieces import LayerPieces, NoPieces
+from lightning_mue.backbones.pieces import LayerPieces, NoPieces, t5gemma2_pieces
 from lightning_mue.backbones.plain_view import PlainView
 from lightning_mue.backbones.stream import Inputs, LayerCall, Outputs, StreamState, additive_mask
+from lightning_mue.backbones.vit import ViTStream
 
 _SLIDING = "sliding_attention"
 
@@ -32,9 +33,10 @@ class PooledStream:
     name = "vision"
 
     def __init__(self, encoder: Any) -> None:
-        self._project, self._tower = encoder.multi_modal_projector, encoder.vision_tower
-        self._layers = self._tower.encoder.layers
-        self.num_layers, self.width = len(self._layers), self._tower.config.hidden_size
+        self._project, tower = encoder.multi_modal_projector, encoder.vision_tower
+        self._blocks = ViTStream(tower.embeddings, tower.encoder.layers, tower.post_layernorm, masks=(None,))
+        self.num_layers, self.width = self._blocks.num_layers, self._blocks.width
+        self.call, self.layer = self._blocks.call, self._blocks.layer
 
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
         """Patches and positions.
@@ -44,20 +46,11 @@ class PooledStream:
         """
         if inputs.get("pixel_values") is None:
             raise ValueError("T5Gemma 2 is taken as a model that reads a picture: give `pixel_values`, [B, 3, H, W]")
-        pixels = inputs["pixel_values"].to(self._tower.post_layernorm.weight.dtype)
-        return StreamState(self._tower.embeddings(pixels))
-
-    def call(self, k: int, state: StreamState) -> LayerCall:
-        """One layer."""
-        return LayerCall(_VisionLayer(self._layers[k - 1]), (state.h_BTD,), ((0, 1),))
-
-    def layer(self, k: int, state: StreamState) -> Tensor:
-        """Run one layer."""
-        return self.call(k, state)()
+        return self._blocks.prologue(inputs, done)
 
     def epilogue(self, state: StreamState) -> Tensor:
         """What stands for the picture among the prompt's embeddings, ``[B, image tokens, D]``."""
-        image_BND: Tensor = self._project(self._tower.post_layernorm(state.h_BTD))
+        image_BND: Tensor = self._project(self._blocks.epilogue(state))
         return image_BND
 
 
@@ -147,13 +140,8 @@ class T5Gemma2DecoderStream(DecoderLayers):
         self.num_layers, self.max_positions = len(decoder.layers), config.max_position_embeddings
         self.width = self.memory_width = config.hidden_size
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.num_kv_heads = config.num_key_value_heads
         self._cap = config.final_logit_softcapping
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Queries share keys and values."""
-        heads: int = self._decoder.config.num_key_value_heads
-        return heads
 
     def window(self, k: int) -> int | None:
         """That of a layer of the sliding kind."""
@@ -185,15 +173,21 @@ class T5Gemma2DecoderStream(DecoderLayers):
         return lambda h_BTD: _capped(rows(h_BTD), self._cap)
 
     def pieces(self, k: int) -> LayerPieces:
-        """There are none.
+        """Layer ``k`` cut at its attention.
 
         Raises:
-            NoPieces: always.
+            NoPieces: logits are capped.
         """
-        raise NoPieces(
-            "A T5Gemma 2's decoder reads tokens and memory in one attention, which runtime 'onnxruntime' does not have; "
-            "take runtime='torch'."
+        if self._cap is not None:
+            raise NoPieces(
+                f"`final_logit_softcapping` is {self._cap}, and runtime 'onnxruntime' reads the vocabulary head as a "
+                "matrix alone; take runtime='torch'."
+            )
+        layer, rotary = self._decoder.layers[k - 1], self._decoder.rotary_emb
+        inv_freq, scale = (
+            getattr(rotary, f"{layer.attention_type}_{name}") for name in ("inv_freq", "attention_scaling")
         )
+        return t5gemma2_pieces(layer, inv_freq, scale)
 
     def _run(
         self,
@@ -245,23 +239,13 @@ class T5Gemma2View(PlainView):
         self._encoder = PromptStream(parts.encoder)
         for stack in (parts.encoder.text_model, parts.decoder):
             _check_turns(stack.rotary_emb.rope_type)
-        streams = [PooledStream(parts.encoder), self._encoder]
         decoder = T5Gemma2DecoderStream(parts.decoder, model.lm_head.out_proj)
-        super().__init__(model, streams, decoder, ("input_ids", "pixel_values", "attention_mask"))
+        inputs = ("input_ids", "pixel_values", "attention_mask")
+        super().__init__(model, [PooledStream(parts.encoder), self._encoder], decoder, inputs)
 
     def memory_mask(self, inputs: Inputs) -> Tensor | None:
         """The decoder must not read the prompt's padding."""
         return additive_mask(self._encoder.valid(inputs), self.model.dtype)
-
-
-class _VisionLayer(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        result_BTD: Tensor = self.layer(h_BTD, None)
-        return result_BTD
 
 
 class _EncoderLayer(nn.Module):
@@ -299,6 +283,6 @@ def _check_turns(kinds: dict[str, str]) -> None:
     for layers, kind in kinds.items():
         if "dynamic" in kind or kind == "longrope":
             raise ValueError(
-                f"`rope_parameters[{layers!r}]` are of type {kind!r}, which turns earlier positions anew when an answer "
-                "grows; exits need a type that does not: 'default', 'linear', 'yarn' or 'llama3'."
+                f"`rope_parameters[{layers!r}]` are of type {kind!r}, which turns earlier positions anew as answers "
+                "grow; exits need a type that does not: 'default', 'linear', 'yarn' or 'llama3'."
             )

@@ -90,8 +90,9 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
     raise TypeError(
         f"{type(model).__name__} has no view; supported: Florence2ForConditionalGeneration, VisionEncoderDecoderModel, "
         "BlipForConditionalGeneration, BlipForQuestionAnswering, Blip2ForConditionalGeneration around a T5, "
-        "T5Gemma2ForConditionalGeneration, UdopForConditionalGeneration, T5ForConditionalGeneration, BartForConditionalGeneration, "
-        f"MBartForConditionalGeneration, open_clip's CoCa, and what `register_view` names.{_why(model)}"
+        "T5Gemma2ForConditionalGeneration, UdopForConditionalGeneration, T5ForConditionalGeneration, "
+        "BartForConditionalGeneration, MBartForConditionalGeneration, open_clip's CoCa, and what `register_view` "
+        f"names.{_why(model)}"
     )
 
 

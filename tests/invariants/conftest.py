@@ -37,8 +37,5 @@ def runtime(request, monkeypatch):
     if request.param == "onnxruntime":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-        given = request.node.callspec.params.values()
-        if not all(zoo.has_graphs(name) for name in zoo.BACKBONES if name in given):
-            pytest.skip("its decoder is no graph")
     monkeypatch.setattr(policies, "RUNTIME", request.param)
     return request.param
