@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.models.t5gemma2.modeling_t5gemma2 import apply_rotary_pos_emb
 
+from lightning_mue.backbones.turns import Turns
+
 
 class NoPieces(ValueError):
     """A decoder that a runtime of graphs does not run."""
@@ -88,13 +90,13 @@ def t5_pieces(block: Any, heads: int) -> LayerPieces:
     )
 
 
-def t5gemma2_pieces(layer: Any, inv_freq: Tensor, scale: float) -> LayerPieces:
-    """Return the pieces of a ``T5Gemma2DecoderLayer`` whose positions turn by these frequencies."""
+def t5gemma2_pieces(layer: Any, turns: Turns) -> LayerPieces:
+    """Return the pieces of a ``T5Gemma2DecoderLayer`` whose positions turn so."""
     own, nothing = layer.self_attn, nn.Identity()
     out = nn.Sequential(_Regrouped(own), own.o_proj, layer.post_self_attn_layernorm)
     mlp = nn.Sequential(layer.mlp, layer.post_feedforward_layernorm)
     return LayerPieces(
-        _Turned(layer.pre_self_attn_layernorm, own, inv_freq, scale),
+        _Turned(layer.pre_self_attn_layernorm, own, turns),
         None,
         _After(out, nothing, layer.pre_feedforward_layernorm, mlp, nothing),
         _NormedMemory(own),
@@ -242,7 +244,7 @@ class _MemoryOfBlock(nn.Module):
 class _Turned(nn.Module):
     """Queries and keys are normed head by head and turned by their positions; queries in groups share a key."""
 
-    def __init__(self, norm: nn.Module, own: Any, inv_freq: Tensor, scale: float) -> None:
+    def __init__(self, norm: nn.Module, own: Any, turns: Turns) -> None:
         super().__init__()
         self.norm, self.query, self.key, self.value = norm, own.q_proj, own.k_proj, own.v_proj
         self.query_norm, self.key_norm, self.d, self.groups = (
@@ -251,16 +253,15 @@ class _Turned(nn.Module):
             own.head_dim,
             own.num_key_value_groups,
         )
-        self.score_scale, self.turn_scale = own.scaling, scale
-        self.inv_freq = nn.Buffer(inv_freq)  # kept, that each layer's own goes into its graph
+        self.scale, self.turns = own.scaling, turns
 
     def forward(self, h_ND: Tensor, at_N1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_ND = self.norm(h_ND)
-        angle_Nd = (at_N1.float() * self.inv_freq).repeat(1, 2)
-        turn = angle_Nd.cos() * self.turn_scale, angle_Nd.sin() * self.turn_scale
         query_NHd, key_NHd = (proj(x_ND).unflatten(-1, (-1, self.d)) for proj in (self.query, self.key))
-        query_NHd, key_NHd = apply_rotary_pos_emb(self.query_norm(query_NHd), self.key_norm(key_NHd), *turn)
-        query_NHGd = query_NHd.unflatten(1, (-1, self.groups)) * self.score_scale
+        query_NHd, key_NHd = apply_rotary_pos_emb(
+            self.query_norm(query_NHd), self.key_norm(key_NHd), *self.turns(at_N1, x_ND)
+        )
+        query_NHGd = query_NHd.unflatten(1, (-1, self.groups)) * self.scale
         return query_NHGd.transpose(1, 2).flatten(1), key_NHd.flatten(1), self.value(x_ND)
 
 

@@ -18,6 +18,7 @@ from lightning_mue.backbones.decoder import DecoderLayers, LayerCache
 from lightning_mue.backbones.pieces import LayerPieces, NoPieces, t5gemma2_pieces
 from lightning_mue.backbones.plain_view import PlainView
 from lightning_mue.backbones.stream import Inputs, LayerCall, Outputs, StreamState, additive_mask
+from lightning_mue.backbones.turns import Turns, check_turns
 from lightning_mue.backbones.vit import ViTStream
 
 _SLIDING = "sliding_attention"
@@ -90,13 +91,12 @@ class PromptStream:
         return None if valid is None else valid.bool()
 
     def call(self, k: int, state: StreamState) -> LayerCall:
-        """One layer, with the mask of its kind."""
+        """One layer."""
         layer = self._text.layers[k - 1]
-        module = _EncoderLayer(layer, self._text.rotary_emb)
+        module = _EncoderLayer(layer, Turns(self._text.rotary_emb, layer.attention_type))
         if state.mask is None:
             return LayerCall(module, (state.h_BTD,), ((0, 1),))
-        of_kind = int(layer.attention_type == _SLIDING)
-        return LayerCall(module, (state.h_BTD, state.mask[:, of_kind : of_kind + 1]), ((0, 1), (0, 2, 3)))
+        return LayerCall(module, (state.h_BTD, state.mask), ((0, 1), (0, 2, 3)))
 
     def layer(self, k: int, state: StreamState) -> Tensor:
         """Run one layer."""
@@ -183,11 +183,8 @@ class T5Gemma2DecoderStream(DecoderLayers):
                 f"`final_logit_softcapping` is {self._cap}, and runtime 'onnxruntime' reads the vocabulary head as a "
                 "matrix alone; take runtime='torch'."
             )
-        layer, rotary = self._decoder.layers[k - 1], self._decoder.rotary_emb
-        inv_freq, scale = (
-            getattr(rotary, f"{layer.attention_type}_{name}") for name in ("inv_freq", "attention_scaling")
-        )
-        return t5gemma2_pieces(layer, inv_freq, scale)
+        layer = self._decoder.layers[k - 1]
+        return t5gemma2_pieces(layer, Turns(self._decoder.rotary_emb, layer.attention_type))
 
     def _run(
         self,
@@ -237,8 +234,8 @@ class T5Gemma2View(PlainView):
     def __init__(self, model: T5Gemma2ForConditionalGeneration) -> None:
         parts: Any = model.model
         self._encoder = PromptStream(parts.encoder)
-        for stack in (parts.encoder.text_model, parts.decoder):
-            _check_turns(stack.rotary_emb.rope_type)
+        check_turns(parts.encoder.text_model.rotary_emb)
+        check_turns(parts.decoder.rotary_emb)
         decoder = T5Gemma2DecoderStream(parts.decoder, model.lm_head.out_proj)
         inputs = ("input_ids", "pixel_values", "attention_mask")
         super().__init__(model, [PooledStream(parts.encoder), self._encoder], decoder, inputs)
@@ -249,15 +246,16 @@ class T5Gemma2View(PlainView):
 
 
 class _EncoderLayer(nn.Module):
-    """A layer that finds out its positions by itself: transformers counts padding too."""
+    """A layer that takes the mask of its kind and counts its positions: transformers counts padding too."""
 
-    def __init__(self, layer: Any, rotary: nn.Module) -> None:
+    def __init__(self, layer: Any, turns: Turns) -> None:
         super().__init__()
-        self.layer, self.rotary, self.kind = layer, rotary, layer.attention_type
+        self.layer, self.turns, self.of_kind = layer, turns, int(layer.attention_type == _SLIDING)
 
     def forward(self, h_BTD: Tensor, mask: Tensor | None = None) -> Tensor:
-        at_1T = torch.arange(h_BTD.shape[1], device=h_BTD.device)[None]
-        result_BTD: Tensor = self.layer(h_BTD, self.rotary(h_BTD, at_1T, self.kind), mask)
+        at_1T1 = torch.arange(h_BTD.shape[1], device=h_BTD.device)[None, :, None]
+        own_mask = None if mask is None else mask[:, self.of_kind : self.of_kind + 1]
+        result_BTD: Tensor = self.layer(h_BTD, self.turns(at_1T1, h_BTD), own_mask)
         return result_BTD
 
 
@@ -276,13 +274,3 @@ def _merged(
 
 def _capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else (logits / cap).tanh() * cap
-
-
-def _check_turns(kinds: dict[str, str]) -> None:
-    """Refuse rotations that are not of the position alone, for K of earlier positions are kept."""
-    for layers, kind in kinds.items():
-        if "dynamic" in kind or kind == "longrope":
-            raise ValueError(
-                f"`rope_parameters[{layers!r}]` are of type {kind!r}, which turns earlier positions anew as answers "
-                "grow; exits need a type that does not: 'default', 'linear', 'yarn' or 'llama3'."
-            )
