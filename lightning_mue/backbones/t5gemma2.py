@@ -7,6 +7,7 @@ layers see a window of tokens alone; all of them see the whole memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,19 +36,20 @@ class PooledStream:
 
     def __init__(self, encoder: Any) -> None:
         self._project, tower = encoder.multi_modal_projector, encoder.vision_tower
+        self._grid = (self._project.patches_per_image,) * 2
         self._blocks = ViTStream(tower.embeddings, tower.encoder.layers, tower.post_layernorm, masks=(None,))
         self.num_layers, self.width = self._blocks.num_layers, self._blocks.width
         self.call, self.layer = self._blocks.call, self._blocks.layer
 
     def prologue(self, inputs: Inputs, done: Outputs) -> StreamState:
-        """Patches and positions.
+        """Patches and positions; the pooling needs to know which grid they make up.
 
         Raises:
             ValueError: no picture.
         """
         if inputs.get("pixel_values") is None:
             raise ValueError("T5Gemma 2 is taken as a model that reads a picture: give `pixel_values`, [B, 3, H, W]")
-        return self._blocks.prologue(inputs, done)
+        return replace(self._blocks.prologue(inputs, done), grid=self._grid)
 
     def epilogue(self, state: StreamState) -> Tensor:
         """What stands for the picture among the prompt's embeddings, ``[B, image tokens, D]``."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class Turns(nn.Module):
     """Positions -> cosines and sines.
 
-    For graphs, which are exported once for many layers and must be given each one's frequencies: transformers' own module
-    keeps them out of its ``state_dict``.
+    For graphs, which are exported once for many layers and must be given each one's frequencies: transformers' own
+    module keeps them out of its ``state_dict``.
 
     Args:
         rotary: transformers' module.
