@@ -18,6 +18,7 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipForQuestionAnswering,
     T5ForConditionalGeneration,
+    T5Gemma2ForConditionalGeneration,
     UdopForConditionalGeneration,
     VisionEncoderDecoderModel,
 )
@@ -122,6 +123,8 @@ def decoder(model: Any) -> Any:
         return model.text_decoder.bert.encoder
     if is_t5(model):
         return t5_of(model).decoder
+    if isinstance(model, T5Gemma2ForConditionalGeneration):
+        return model.model.decoder
     if not isinstance(model, VisionEncoderDecoderModel):
         return model.model.language_model.decoder
     return model.decoder.transformer if hasattr(model.decoder, "transformer") else model.decoder.model.decoder
@@ -140,6 +143,9 @@ def layers_at(model: Any, stream: str) -> tuple[nn.Module, str]:
         return (model.encoder, "layers") if swin is None else (swin.layers[1], "blocks")  # the second is the long one
     if isinstance(model, Blip2ForConditionalGeneration):
         return model.vision_model.encoder, "layers"
+    if isinstance(model, T5Gemma2ForConditionalGeneration):
+        encoder = model.model.encoder
+        return (encoder.vision_tower.encoder if stream == "vision" else encoder.text_model), "layers"
     if stream == "vision":
         return model.model.vision_tower.blocks, "2"  # the third stage is the long one
     return model.model.language_model.encoder, "layers"
@@ -316,7 +322,7 @@ def final_norm(model: Any) -> nn.Module:
         return coca.text_decoder.ln_final
     if is_t5(model):
         return Scaled(decoder(model).final_layer_norm, t5_of(model).config.d_model ** -0.5)
-    norms = [getattr(decoder(model), name, None) for name in ("layer_norm", "ln_f")]
+    norms = [getattr(decoder(model), name, None) for name in ("layer_norm", "ln_f", "norm")]
     return next((norm for norm in norms if norm is not None), nn.Identity())
 
 

@@ -277,6 +277,41 @@ def tiny_blip2() -> nn.Module:
     return model
 
 
+def tiny_t5gemma2() -> nn.Module:
+    """Windows shorter than prompts and answers, queries that share keys, and angles that differ by kind of layer."""
+    ids = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": PAD}
+    drawn = {"initializer_range": 0.3}
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    turns = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0},
+    }
+    stack = {**shape, **ids, **drawn, "vocab_size": VOCABULARY, "head_dim": 6, "query_pre_attn_scalar": 6}
+    stack |= {"sliding_window": 5, "max_position_embeddings": 64, "rope_parameters": turns}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 4}
+    vision |= {"num_attention_heads": 4, "image_size": 64, "patch_size": 16, "vision_use_head": True}
+    text = {**stack, "num_hidden_layers": 4, "layer_types": kinds[1:]}
+    model: Any = build_backbone(
+        {
+            "model_type": "t5gemma2",
+            "encoder": {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4, "eoi_token_index": 5},
+            "decoder": {**stack, "num_hidden_layers": 5, "layer_types": kinds},
+            "image_token_index": 4,
+            "generation_config": ids | {"decoder_start_token_id": START, "max_new_tokens": 12},
+            **drawn,
+        }
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" in name:
+                parameter.normal_(std=0.05)  # what layers add must not drown in it, or a token repeats
+            elif "multi_modal" in name or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.model.decoder.norm.weight.add_(7)
+    return model
+
+
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
     "florence2": (
         tiny_florence2,
@@ -311,6 +346,11 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tens
     "t5": (tiny_t5, text_inputs, {"encoder": [1, 3], "decoder": [1, 2, 4]}),
     "udop": (tiny_udop, page_inputs, {"encoder": [1, 3], "decoder": [1, 2, 4]}),
     "blip2": (tiny_blip2, florence2_inputs, {"vision": [1, 3], "encoder": [1, 3], "decoder": [1, 2, 4]}),
+    "t5gemma2": (
+        tiny_t5gemma2,
+        partial(prompted_inputs, image_tokens=4),
+        {"vision": [1, 3], "encoder": [1, 3], "decoder": [1, 2, 4]},
+    ),
 }
 """Name -> model, inputs, and what its ``ExitConfig`` says."""
 
@@ -344,6 +384,8 @@ def reads_prompts(name: str) -> bool:
 
 def image_tokens(name: str) -> int:
     """Return how many of a prompt's tokens stand for the picture."""
+    if name == "t5gemma2":
+        return 4  # pooled to a square
     return IMAGE_TOKENS if name.startswith(("florence2", "blip2")) else 0
 
 

@@ -38,7 +38,7 @@ class BartDecoderStream(DecoderLayers):
         config = self._decoder.config
         self.num_layers = len(self._decoder.layers)
         self.width = config.d_model
-        self.num_heads = config.decoder_attention_heads
+        self.num_heads = self.num_kv_heads = config.decoder_attention_heads
         self.head_dim = config.d_model // config.decoder_attention_heads
         self.memory_width = self._decoder.layers[0].encoder_attn.k_proj.in_features
         self.max_positions = config.max_position_embeddings
@@ -52,7 +52,7 @@ class BartDecoderStream(DecoderLayers):
             h_BTD = decoder.layernorm_embedding(h_BTD)
         return nn.functional.dropout(h_BTD, p=decoder.dropout, training=decoder.training)
 
-    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def self_kv(self, k: int, h_BTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention, of its normed input where the layer is pre-norm."""
         layer = self._decoder.layers[k - 1]
         own, x_BTD = layer.self_attn, layer.self_attn_layer_norm(h_BTD) if self._prenorm else h_BTD

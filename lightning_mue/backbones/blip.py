@@ -84,7 +84,8 @@ class BlipDecoderStream(DecoderLayers):
             raise TypeError("A BLIP without cross-attention reads no picture; its text config needs `is_decoder`.")
         attention = self._layers[0].attention.self
         self.num_layers, self.width = len(self._layers), decoder.config.hidden_size
-        self.num_heads, self.head_dim = attention.num_attention_heads, attention.attention_head_size
+        self.num_heads = self.num_kv_heads = attention.num_attention_heads
+        self.head_dim = attention.attention_head_size
         self.memory_width = self._layers[0].crossattention.self.key.in_features
         self.max_positions = self._embeddings.position_embeddings.num_embeddings
 
@@ -92,7 +93,7 @@ class BlipDecoderStream(DecoderLayers):
         """Token and position embeddings and their norm."""
         return self._embeddings(ids_BT, position_ids=positions_T)
 
-    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def self_kv(self, k: int, h_BTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention."""
         own = self._layers[k - 1].attention.self
         return self._heads(own.key(h_BTD)), self._heads(own.value(h_BTD))

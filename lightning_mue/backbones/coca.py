@@ -71,7 +71,7 @@ class CoCaDecoderStream:
         self.first_exit = len(self._text.transformer.resblocks) + 1
         self.num_layers = self.first_exit - 1 + len(self._decoder.resblocks)
         self.width = self.memory_width = self._text.width
-        self.num_heads = self._text.heads
+        self.num_heads = self.num_kv_heads = self._text.heads
         self.head_dim = self.width // self.num_heads
         self.max_positions = min(self._text.context_length, self._decoder.context_length)
         self.vocab_size = self._decoder.text_projection.shape[1]
@@ -94,10 +94,13 @@ class CoCaDecoderStream:
         """Whether layer ``k`` belongs to the multimodal half."""
         return k >= self.first_exit
 
+    def window(self, k: int) -> None:
+        """All positions before are seen."""
+
     def distance_bias(self) -> None:
         """Nothing: states know their positions."""
 
-    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def self_kv(self, k: int, h_BTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention, of its normed input."""
         _, key, value = self.pieces(k).before(h_BTD)
         return self._heads(key), self._heads(value)

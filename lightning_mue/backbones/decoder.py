@@ -24,11 +24,15 @@ class LayerCache(EncoderDecoderCache):
     Args:
         k: the layer, counted from 1.
         kv: its K/V.
+
+    Attributes:
+        first: of the new positions.
+        memory_key: the memory's, ``[R, kv heads, S, d]``.
     """
 
     def __init__(self, k: int, kv: LayerKV) -> None:
         key, value = kv.memory()
-        index = k - 1
+        index, self.first, self.memory_key = k - 1, kv.first, key
         self.is_updated = {index: True}
         # T5 asks for a length to make its bias of, which it is given.
         self.self_attention_cache: Any = SimpleNamespace(
@@ -47,6 +51,7 @@ class DecoderLayers(ABC):
 
     first_exit = 1
     num_heads: int
+    num_kv_heads: int
     head_dim: int
 
     def __init__(self, norm: nn.Module, head: nn.Linear) -> None:
@@ -92,6 +97,10 @@ class DecoderLayers(ABC):
     def reads_memory(self, k: int) -> bool:
         """All layers do."""
         return True
+
+    def window(self, k: int) -> int | None:
+        """All positions before are seen."""
+        return None
 
     def distance_bias(self) -> Tensor | None:
         """Nothing: states know their positions."""

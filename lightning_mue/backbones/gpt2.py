@@ -29,14 +29,15 @@ class GPT2DecoderStream(DecoderLayers):
             raise TypeError("A GPT-2 without cross-attention reads no picture; its config needs `add_cross_attention`.")
         self.num_layers = len(self._decoder.h)
         self.width = self.memory_width = self._decoder.embed_dim
-        self.num_heads, self.head_dim = first.attn.num_heads, first.attn.head_dim
+        self.num_heads = self.num_kv_heads = first.attn.num_heads
+        self.head_dim = first.attn.head_dim
         self.max_positions = self._decoder.wpe.num_embeddings
 
     def embed_at(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:
         """Token and position embeddings, as ``GPT2Model.forward`` adds them."""
         return self._decoder.drop(self._decoder.wte(ids_BT) + self._decoder.wpe(positions_T))
 
-    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def self_kv(self, k: int, h_BTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention, of its normed input."""
         block = self._decoder.h[k - 1]
         _, key, value = block.attn.c_attn(block.ln_1(h_BTD)).chunk(3, -1)

@@ -20,6 +20,7 @@ from transformers import (
     BlipForQuestionAnswering,
     GenerationConfig,
     PreTrainedConfig,
+    T5Gemma2ForConditionalGeneration,
     UdopForConditionalGeneration,
     VisionEncoderDecoderModel,
 )
@@ -38,6 +39,7 @@ _BLIP = (BlipForConditionalGeneration, BlipForQuestionAnswering)
 _UNREAD: dict[type[nn.Module], tuple[str, ...]] = {
     VisionEncoderDecoderModel: ("encoder.pooler.",),
     UdopForConditionalGeneration: UDOP_UNREAD,
+    T5Gemma2ForConditionalGeneration: ("model.encoder.vision_tower.head.",),
 }
 """Prefixes of weights that are never read. Published models lack them, so each loading would give others."""
 _ANSWERING = {

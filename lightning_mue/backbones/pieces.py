@@ -11,6 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.models.t5gemma2.modeling_t5gemma2 import apply_rotary_pos_emb
+
+from lightning_mue.backbones.turns import Turns
+
+
+class NoPieces(ValueError):
+    """A decoder that a runtime of graphs does not run."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +30,18 @@ class LayerPieces:
         after: states, what cross-attention read -> states.
         memory: memory ``[B, S, D]`` -> key and value of cross-attention, each ``[B, heads, S, d]``.
 
+        reads_positions: ``before`` is given them too, int64 ``[N, 1]``.
+
     A layer without cross-attention has neither ``between`` nor ``memory``; ``after`` takes what self-attention read.
+    One with ``memory`` alone reads tokens and memory in one attention. Where ``before`` gives more queries than keys,
+    the first query of each key comes first, then the second of each.
     """
 
     before: nn.Module
     between: nn.Module | None
     after: nn.Module
     memory: nn.Module | None
+    reads_positions: bool = False
 
     def named(self) -> dict[str, nn.Module]:
         """Return name -> module."""
@@ -75,6 +87,20 @@ def t5_pieces(block: Any, heads: int) -> LayerPieces:
         _Between(own.o, nothing, second.layer_norm, cross.q, cross.scaling),
         _After(cross.o, nothing, third.layer_norm, third.DenseReluDense, nothing),
         _Memory(cross.k, cross.v, heads),
+    )
+
+
+def t5gemma2_pieces(layer: Any, turns: Turns) -> LayerPieces:
+    """Return the pieces of a ``T5Gemma2DecoderLayer`` whose positions turn so."""
+    own, nothing = layer.self_attn, nn.Identity()
+    out = nn.Sequential(_Regrouped(own), own.o_proj, layer.post_self_attn_layernorm)
+    mlp = nn.Sequential(layer.mlp, layer.post_feedforward_layernorm)
+    return LayerPieces(
+        _Turned(layer.pre_self_attn_layernorm, own, turns),
+        None,
+        _After(out, nothing, layer.pre_feedforward_layernorm, mlp, nothing),
+        _NormedMemory(own),
+        reads_positions=True,
     )
 
 
@@ -213,3 +239,51 @@ class _MemoryOfBlock(nn.Module):
         both = linear(self.norm(flat_ND), self.weight[width:], self.bias[width:]).chunk(2, -1)
         key, value = (x_ND.reshape(shape).transpose(1, 2) for x_ND in both)
         return key, value
+
+
+class _Turned(nn.Module):
+    """Queries and keys are normed head by head and turned by their positions; queries in groups share a key."""
+
+    def __init__(self, norm: nn.Module, own: Any, turns: Turns) -> None:
+        super().__init__()
+        self.norm, self.query, self.key, self.value = norm, own.q_proj, own.k_proj, own.v_proj
+        self.query_norm, self.key_norm, self.d, self.groups = (
+            own.q_norm,
+            own.k_norm,
+            own.head_dim,
+            own.num_key_value_groups,
+        )
+        self.scale, self.turns = own.scaling, turns
+
+    def forward(self, h_ND: Tensor, at_N1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_ND = self.norm(h_ND)
+        query_NHd, key_NHd = (proj(x_ND).unflatten(-1, (-1, self.d)) for proj in (self.query, self.key))
+        query_NHd, key_NHd = apply_rotary_pos_emb(
+            self.query_norm(query_NHd), self.key_norm(key_NHd), *self.turns(at_N1, x_ND)
+        )
+        query_NHGd = query_NHd.unflatten(1, (-1, self.groups)) * self.scale
+        return query_NHGd.transpose(1, 2).flatten(1), key_NHd.flatten(1), self.value(x_ND)
+
+
+class _Regrouped(nn.Module):
+    """What queries read, in the order of the heads again."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.d, self.groups = own.head_dim, own.num_key_value_groups
+
+    def forward(self, read_ND: Tensor) -> Tensor:
+        return read_ND.unflatten(1, (self.groups, -1, self.d)).transpose(1, 2).flatten(1)
+
+
+class _NormedMemory(nn.Module):
+    """The memory's keys are normed and not turned."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.key, self.value, self.key_norm, self.d = own.k_proj, own.v_proj, own.k_norm, own.head_dim
+
+    def forward(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        shape, flat_ND = (*memory_BSD.shape[:2], -1, self.d), memory_BSD.flatten(0, 1)
+        key, value = (project(flat_ND).view(shape) for project in (self.key, self.value))
+        return self.key_norm(key).transpose(1, 2), value.transpose(1, 2)

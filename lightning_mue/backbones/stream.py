@@ -101,6 +101,9 @@ class EncoderStream(Protocol):
 class LayerKV(Protocol):
     """One decoder layer's K/V for the rows of one call."""
 
+    first: int
+    """The first of the new positions, which are the same ones in all rows."""
+
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new positions' K/V ``[R, heads, m, d]``; return those of all positions up to them."""
 
@@ -114,6 +117,8 @@ class DecoderStream(Protocol):
     num_layers: int
     width: int
     num_heads: int
+    num_kv_heads: int
+    """Of keys and values; where they are fewer, adjacent queries share them."""
     head_dim: int
     memory_width: int
     """Of what cross-attention reads."""
@@ -137,11 +142,14 @@ class DecoderStream(Protocol):
         All positions farther back than the table is long get its last numbers.
         """
 
-    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Project states that enter layer ``k`` for its self-attention: K and V, each ``[B, heads, T, d]``."""
+    def window(self, k: int) -> int | None:
+        """Return how many positions self-attention of layer ``k`` sees, its own included; None: all before it."""
+
+    def self_kv(self, k: int, h_BTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Project what enters layer ``k``, from position ``first`` on, for its self-attention: K and V, as below."""
 
     def memory_kv(self, k: int, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Project the memory for layer ``k``'s cross-attention: K and V, each ``[B, heads, S, d]``."""
+        """Project the memory for layer ``k``'s cross-attention: K and V, each ``[B, kv heads, S, d]``."""
 
     def cached_layer(
         self, k: int, h_BTD: Tensor, kv: LayerKV, self_mask: Tensor | None, memory_mask: Tensor | None
@@ -151,7 +159,7 @@ class DecoderStream(Protocol):
     def layer(
         self, k: int, h_BTD: Tensor, memory_BSD: Tensor, self_mask: Tensor | None, memory_mask: Tensor | None
     ) -> Tensor:
-        """Run layer ``k`` on a whole sequence without a cache (training)."""
+        """Run layer ``k`` on a whole sequence, from position 0 on, without a cache (training)."""
 
     def pieces(self, k: int) -> LayerPieces:
         """Return layer ``k`` cut at its attentions, for a runtime of graphs."""
@@ -260,7 +268,12 @@ def additive_mask(valid_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def causal_mask(
-    first: int, last: int, dtype: torch.dtype, device: torch.device, bias_HN: Tensor | None = None
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    bias_HN: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor | None:
     """Return what self-attention adds to the scores of a block of new positions, or None if nothing.
 
@@ -270,11 +283,13 @@ def causal_mask(
         dtype: of the scores.
         device: theirs.
         bias_HN: the decoder's ``distance_bias``.
+        window: the layer's.
 
     Returns:
-        ``[1, 1 or heads, last - first, last]``; None for a single position without a bias.
+        ``[1, 1 or heads, last - first, last]``; None for a single position without a bias, all before it in its window.
     """
-    if bias_HN is None and last - first == 1:
+    sees = last if window is None else window
+    if bias_HN is None and last - first == 1 and last <= sees:
         return None
     at = torch.arange(last, device=device)
     back_mT = at[first:, None] - at
@@ -282,4 +297,4 @@ def causal_mask(
         mask_1mT = torch.zeros((1, *back_mT.shape), dtype=dtype, device=device)
     else:
         mask_1mT = bias_HN[:, back_mT.clamp(0, bias_HN.shape[1] - 1)].to(dtype)
-    return mask_1mT.masked_fill(back_mT < 0, torch.finfo(dtype).min)[None]
+    return mask_1mT.masked_fill((back_mT < 0) | (back_mT >= sees), torch.finfo(dtype).min)[None]

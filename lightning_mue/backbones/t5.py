@@ -79,7 +79,8 @@ class T5DecoderStream(DecoderLayers):
         super().__init__(_FinalNorm(decoder.final_layer_norm, decoder.dropout, scale), head)
         self._decoder, self._attention = decoder, decoder.block[0].layer[0].SelfAttention
         self.num_layers, self.width = len(decoder.block), decoder.config.d_model
-        self.num_heads, self.head_dim = decoder.config.num_heads, decoder.config.d_kv
+        self.num_heads = self.num_kv_heads = decoder.config.num_heads
+        self.head_dim = decoder.config.d_kv
         self.memory_width = self.width
 
     def embed_at(self, ids_BT: Tensor, positions_T: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class T5DecoderStream(DecoderLayers):
         bias = self._attention.compute_bias(1, most + 1, past_seen_tokens=most)
         return bias[0, :, 0].flip(-1)
 
-    def self_kv(self, k: int, h_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def self_kv(self, k: int, h_BTD: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """K and V of layer ``k``'s self-attention, of its normed input."""
         part = self._decoder.block[k - 1].layer[0]
         own, x_BTD = part.SelfAttention, part.layer_norm(h_BTD)

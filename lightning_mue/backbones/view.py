@@ -12,6 +12,7 @@ from transformers import (
     BlipForQuestionAnswering,
     Florence2ForConditionalGeneration,
     PreTrainedModel,
+    T5Gemma2ForConditionalGeneration,
     VisionEncoderDecoderModel,
 )
 
@@ -20,6 +21,7 @@ from lightning_mue.backbones.blip2 import Blip2View
 from lightning_mue.backbones.florence2 import Florence2View
 from lightning_mue.backbones.seq2seq import seq2seq_view
 from lightning_mue.backbones.stream import Backbone, EncoderKind
+from lightning_mue.backbones.t5gemma2 import T5Gemma2View
 from lightning_mue.backbones.vision_encoder_decoder import VisionEncoderDecoderView
 
 EXITS = "mue_exits"
@@ -77,6 +79,8 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
         return BlipView(model)
     if isinstance(model, Blip2ForConditionalGeneration):
         return Blip2View(model)
+    if isinstance(model, T5Gemma2ForConditionalGeneration):
+        return T5Gemma2View(model)
     if (found := seq2seq_view(model)) is not None:
         return found
     if type(model).__name__ in ("CoCa", "CoCaForConditionalGeneration"):
@@ -86,8 +90,9 @@ def view(model: nn.Module, encoder: EncoderKind | None = None) -> Backbone:
     raise TypeError(
         f"{type(model).__name__} has no view; supported: Florence2ForConditionalGeneration, VisionEncoderDecoderModel, "
         "BlipForConditionalGeneration, BlipForQuestionAnswering, Blip2ForConditionalGeneration around a T5, "
-        "UdopForConditionalGeneration, T5ForConditionalGeneration, BartForConditionalGeneration, "
-        f"MBartForConditionalGeneration, open_clip's CoCa, and what `register_view` names.{_why(model)}"
+        "T5Gemma2ForConditionalGeneration, UdopForConditionalGeneration, T5ForConditionalGeneration, "
+        "BartForConditionalGeneration, MBartForConditionalGeneration, open_clip's CoCa, and what `register_view` "
+        f"names.{_why(model)}"
     )
 
 
@@ -95,11 +100,6 @@ def _why(model: nn.Module) -> str:
     """Return what keeps a model out, where it is known."""
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return ""
-    if model.config.model_type == "t5gemma2":
-        return (
-            " Its decoder reads the memory and the tokens before in one attention, and here a layer's memory is "
-            "projected and kept apart."
-        )
     text: Any = getattr(model.config, "text_config", model.config)
     if not getattr(text, "is_encoder_decoder", True):
         return " Its decoder has no cross-attention: a token that leaves early needs a memory that stays as it is."

@@ -262,7 +262,8 @@ def _about_inputs(backbone: Backbone, processor: Processor, inputs: dict[str, Te
     return {
         "picture": list(inputs["pixel_values"].shape[1:]),
         "image_tokens": int((inputs["input_ids"][0] == image_token_id).sum()),
-        "most_tokens": getattr(model.config.text_config, "max_position_embeddings", None),  # a T5 takes any number
+        # a T5 takes any number, and a T5Gemma 2, which has no `text_config`
+        "most_tokens": getattr(getattr(model.config, "text_config", None), "max_position_embeddings", None),
     }
 
 
@@ -270,8 +271,9 @@ def _about_decoder(decoder: DecoderStream, exits: Exits | None) -> dict[str, Any
     shortlist = None if exits is None or exits.shortlist is None else exits.shortlist.tolist()
     return {
         "layers": decoder.num_layers,
-        "heads": decoder.num_heads,
+        "heads": decoder.num_kv_heads,
         "head_dim": decoder.head_dim,
         "max_positions": decoder.max_positions,
+        "windows": [decoder.window(k) for k in range(1, decoder.num_layers + 1)],
         "shortlist": shortlist,
     }

@@ -17,6 +17,7 @@ import numpy as np
 from lightning_mue.inference.array_signals import NEEDS_LOGITS, OF_LOGITS, flat_similarity, log_softmax, similarity
 from lightning_mue.inference.bfloat16 import to_bfloat16
 from lightning_mue.inference.outside import Outside
+from lightning_mue.inference.pairs import Keys, attend_both, pairs, runs
 from lightning_mue.inference.ragged import attend
 from lightning_mue.inference.sampling import Sampling
 from lightning_mue.inference.schedule import Block, Place
@@ -82,7 +83,8 @@ class OrtExecutor:
         self._memory_kv: dict[int, Array] = {}
         self._rounded = sessions.precision != "float32"
         self._projected: list[set[int]] = [set() for _ in range(layers)]
-        self._scored, self._sampling, self._back_HT = Scored(), sampling, sessions.back(positions)
+        self._scored, self._sampling = Scored(), sampling
+        self._back_HT = {window: sessions.back(positions, window) for window in {of.window for of in sessions.layers}}
 
     def share(self, owner_RT: Array) -> None:
         """From now on position ``t`` of row ``r`` is in row ``owner_RT[r, t]``; the table may change."""
@@ -103,31 +105,36 @@ class OrtExecutor:
         for _, _, rows in pending:
             self._project_memory(layer, rows)
         with self._watch.part("layers"):
-            rows_N, positions_N = _pairs(pending)
+            rows_N, positions_N = pairs(pending)
             places = self._where(rows_N, positions_N)
             h_ND = self.states[layer - 1][places]
-            query_ND, key_ND, value_ND = sessions.before(h_ND)
+            query_ND, key_ND, value_ND = sessions.project(h_ND, positions_N)
             self._keep(layer, places, key_ND, value_ND)
-            kv = self._seen(layer, rows_N, int(positions_N.max()) + 1)
-            back_HT = None if self._back_HT is None else self._back_HT[:, : kv[0].shape[2]]
-            read = attend(query_ND.reshape(self._heads), *kv, positions_N + 1, threads=threads, back_HT=back_HT)
-            if sessions.between is not None:
+            queries = query_ND.shape[1] // key_ND.shape[1]  # of a pair, that share its keys: as good as so many pairs
+            keys, values, at_N = self._seen(layer, rows_N, int(positions_N.max()) + 1)
+            own: Keys = keys, values, at_N.repeat(queries), (positions_N + 1).repeat(queries), None
+            back_HT = self._back_HT[sessions.window]
+            back_HT = None if back_HT is None else back_HT[:, : keys.shape[2]]
+            memory = None if sessions.memory is None else self._memory_of(layer, rows_N.repeat(queries))
+            if sessions.between is None and memory is not None:
+                read = attend_both(query_ND.reshape(self._heads), own, memory, threads, back_HT=back_HT)
+            else:
+                read = attend(query_ND.reshape(self._heads), *own, threads=threads, back_HT=back_HT)
+            if sessions.between is not None and memory is not None:
                 h_ND, query_ND = sessions.between(h_ND, read.reshape(query_ND.shape))
-                key_BHSd, value_BHSd = self._memory_kv[layer]
-                memory = (key_BHSd, value_BHSd, rows_N // self._beams, np.full_like(rows_N, key_BHSd.shape[2]))
-                read = attend(query_ND.reshape(self._heads), *memory, self._bias_BS, threads=threads)
+                read = attend(query_ND.reshape(self._heads), *memory, threads=threads)
             (h_ND,) = sessions.after(h_ND, read.reshape(query_ND.shape))
             self.states[layer][places] = h_ND
 
     def fill(self, mode: str, layer: int, rows: Sequence[int], first: int, last: int) -> None:
         """Pass states up one layer and project them there (``propagate``), or copy the K/V of the layer below."""
         with self._watch.part("layers"):
-            place_row_N, place_N = places = self._where(*_pairs([(first, last, rows)]))
+            place_row_N, place_N = places = self._where(*(at := pairs([(first, last, rows)])))
             h_ND = self.states[layer][places] = self.states[layer - 1][places]
             if mode == "copy":
                 key, value = (kv[layer - 1][place_row_N, :, place_N] for kv in (self._keys, self._values))
             else:
-                _, key, value = self._sessions.layers[layer - 1].before(h_ND)
+                _, key, value = self._sessions.layers[layer - 1].project(h_ND, at[1])
             self._keep(layer, places, key, value)
 
     def score(self, signal: str, layer: int, places: Sequence[Place]) -> list[float]:
@@ -252,6 +259,12 @@ class OrtExecutor:
         keys_RHTd, values_RHTd = (np.ascontiguousarray(kv.swapaxes(1, 2)) for kv in kv_RTHd)
         return keys_RHTd, values_RHTd, at_N
 
+    def _memory_of(self, layer: int, rows_N: Array) -> Keys:
+        """Return what `attend` takes of the memory."""
+        key_BHSd, value_BHSd = self._memory_kv[layer]
+        lengths_N = np.full_like(rows_N, key_BHSd.shape[2])
+        return key_BHSd, value_BHSd, rows_N // self._beams, lengths_N, self._bias_BS
+
     def _project_memory(self, layer: int, rows: Sequence[int]) -> None:
         missing = [s for s in dict.fromkeys(r // self._beams for r in rows) if s not in self._projected[layer]]
         if not missing:
@@ -272,27 +285,9 @@ class OrtExecutor:
         if layer not in self._memory_kv:
             kind = np.uint16 if rounded else np.float32
             self._memory_kv[layer] = self._empty((2, batch, heads, length, d), kind)
-        for first, last in _runs(samples, max(1, _TOKENS // length)):
+        for first, last in runs(samples, max(1, _TOKENS // length)):
             stored_2RHSd = self._memory_kv[layer][:, first:last]
             found_2RHSd = np.empty(stored_2RHSd.shape, np.float32) if rounded else stored_2RHSd
             project.into([self._memory[first:last]], [*found_2RHSd])
             if rounded:
                 to_bfloat16(found_2RHSd, out=stored_2RHSd)
-
-
-def _runs(numbers: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Return ``first, last + 1`` of runs of adjacent numbers, of at most so many each."""
-    runs: list[tuple[int, int]] = []
-    for n in sorted(numbers):
-        if runs and runs[-1][1] == n < runs[-1][0] + most:
-            runs[-1] = runs[-1][0], n + 1
-        else:
-            runs.append((n, n + 1))
-    return runs
-
-
-def _pairs(pending: Sequence[Block]) -> tuple[Array, Array]:
-    """Return row and position, int64 ``[N]``, of all that is pending; the positions of a row lie together."""
-    rows = [row for first, last, group in pending for row in group for _ in range(first, last)]
-    positions = [position for first, last, group in pending for _ in group for position in range(first, last)]
-    return np.array(rows), np.array(positions)

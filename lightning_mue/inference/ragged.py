@@ -36,7 +36,7 @@ _LOG2_E = np.float32(math.log2(math.e))
 _LN2 = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)  # products of the first's 9 bits are exact
 _SERIES = tuple(np.float32(1 / math.factorial(n)) for n in range(6, -1, -1))
 _NO_BIAS = np.empty((0, 0), np.float32)
-_TYPES = {tuple(np.dtype(name) for name in ("f4", kv, kv, "i8", "i8", "f4", "f4", "f4")) for kv in ("f4", "u2")}
+_TYPES = {tuple(np.dtype(name) for name in ("f4", kv, kv, "i8", "i8", "f4", "f4", "f4", "f4")) for kv in ("f4", "u2")}
 
 
 def attend(
@@ -49,6 +49,7 @@ def attend(
     out_NHd: Array | None = None,
     threads: int = 1,
     back_HT: Array | None = None,
+    logsum_NH: Array | None = None,
 ) -> Array:
     """Return ``softmax(q . k + bias) v`` of every pair, over positions ``0 .. length - 1`` of its row.
 
@@ -62,6 +63,7 @@ def attend(
         out_NHd: float32, written and returned; contiguous; may be the queries. Default: a new array.
         threads: they share the heads; where there is little to do it is one.
         back_HT: float32, added to each head's score of the position so many before a pair's last one.
+        logsum_NH: float32, contiguous; the logarithm of each softmax's denominator is written there.
 
     Raises:
         TypeError: an array of another type.
@@ -71,7 +73,8 @@ def attend(
     bias_BT = _NO_BIAS if bias_BT is None else bias_BT
     back_HT = _NO_BIAS if back_HT is None else np.ascontiguousarray(back_HT)
     out_NHd = np.empty(q_NHd.shape, np.float32) if out_NHd is None else out_NHd
-    arrays = np.ascontiguousarray(q_NHd), keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, back_HT, out_NHd
+    pairs = np.ascontiguousarray(q_NHd), keys_BHTd, values_BHTd, rows_N, lengths_N
+    arrays = *pairs, bias_BT, back_HT, out_NHd, _NO_BIAS if logsum_NH is None else logsum_NH
     _check(arrays)
     if not COMPILED:
         _attend_numpy(arrays)
@@ -84,20 +87,20 @@ def attend(
 
 def _check(arrays: tuple[Array, ...]) -> None:
     """Refuse what the compiled code, which looks at no bounds, would misread."""
-    _, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, back_HT, out_NHd = arrays
+    _, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, back_HT, out_NHd, logsum_NH = arrays
     if (types := tuple(array.dtype for array in arrays)) not in _TYPES:
         names = ", ".join(str(kind) for kind in types if kind != np.int64)
         raise TypeError(f"queries, keys, values, bias, out must be float32 (or K and V uint16: bfloat16), got {names}")
     N, (B, H, T, d) = len(rows_N), keys_BHTd.shape if keys_BHTd.ndim == 4 else (-1,) * 4
     biases = (B, T) if bias_BT.size else (0, 0), (H, T) if back_HT.size else (0, 0)
-    found = tuple(array.shape for array in arrays)
-    if found != ((N, H, d), (B, H, T, d), (B, H, T, d), (N,), (N,), *biases, (N, H, d)):
+    found, sums = tuple(array.shape for array in arrays), (0, 0) if logsum_NH is _NO_BIAS else (N, H)
+    if found != ((N, H, d), (B, H, T, d), (B, H, T, d), (N,), (N,), *biases, (N, H, d), sums):
         raise ValueError(
             "queries and out must be [N, H, d], keys and values [B, H, T, d], rows and lengths [N], biases [B, T] and "
-            "[H, T]; got {0} and {7}, {1} and {2}, {3} and {4}, {5} and {6}".format(*found)
+            "[H, T], sums [N, H]; got {0} and {7}, {1} and {2}, {3} and {4}, {5} and {6}, {8}".format(*found)
         )
-    if not all(array.flags.c_contiguous for array in (keys_BHTd, values_BHTd, bias_BT, out_NHd)):
-        raise ValueError("keys, values, bias and out must be contiguous; give the whole buffers, `lengths_N` cuts them")
+    if not all(array.flags.c_contiguous for array in (keys_BHTd, values_BHTd, bias_BT, out_NHd, logsum_NH)):
+        raise ValueError("keys, values, bias, out and sums must be contiguous: whole buffers, `lengths_N` cuts them")
     if (n := _first_wrong(rows_N, lengths_N, B, T)) >= 0:
         raise ValueError(f"rows must be 0 .. {B - 1}, lengths 1 .. {T}; pair {n} has {rows_N[n]} and {lengths_N[n]}")
 
@@ -109,7 +112,7 @@ def _pool(workers: int, process: int) -> ThreadPoolExecutor:
 
 
 def _attend_numpy(arrays: tuple[Array, ...]) -> None:
-    q_NHd, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, back_HT, out_NHd = arrays
+    q_NHd, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, back_HT, out_NHd, logsum_NH = arrays
     widen = from_bfloat16 if keys_BHTd.dtype == np.uint16 else np.asarray
     stop = 0
     while stop < len(rows_N):
@@ -119,8 +122,11 @@ def _attend_numpy(arrays: tuple[Array, ...]) -> None:
         weights_HJT = q_NHd[start:stop].swapaxes(0, 1) @ k_HTd.swapaxes(1, 2)
         weights_HJT += bias_BT[row, :length] if bias_BT.size else 0
         weights_HJT += back_HT[:, None, length - 1 :: -1] if back_HT.size else 0
-        weights_HJT = np.exp(weights_HJT - weights_HJT.max(-1, keepdims=True))
-        weights_HJT /= weights_HJT.sum(-1, keepdims=True)
+        weights_HJT -= (largest_HJ1 := weights_HJT.max(-1, keepdims=True))
+        weights_HJT = np.exp(weights_HJT)
+        weights_HJT /= (total_HJ1 := weights_HJT.sum(-1, keepdims=True))
+        if logsum_NH.size:
+            logsum_NH[start:stop] = (largest_HJ1 + np.log(total_HJ1))[..., 0].T
         out_NHd[start:stop] = (weights_HJT @ v_HTd).swapaxes(0, 1)
 
 
@@ -169,7 +175,7 @@ def _end_of_run(rows_N: Array, lengths_N: Array, start: int) -> int:
 @_compiled()
 def _attend_part(arrays: tuple[Array, ...], part: int, parts: int) -> None:
     """Do every ``parts``-th head. What it calls is inlined, lest a later process links another build of it."""
-    q_NHd, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, back_HT, out_NHd = arrays
+    q_NHd, keys_BHTd, values_BHTd, rows_N, lengths_N, bias_BT, back_HT, out_NHd, logsum_NH = arrays
     N, H, d = q_NHd.shape
     q_Jd, mixed_Jd = np.empty((_LONGEST_RUN, d), np.float32), np.empty((_LONGEST_RUN, d), np.float32)
     weights_JT, wide_4d = np.empty((_LONGEST_RUN, keys_BHTd.shape[2]), np.float32), np.empty((4, d), np.float32)
@@ -188,7 +194,9 @@ def _attend_part(arrays: tuple[Array, ...], part: int, parts: int) -> None:
                     weights_JT[j, :length] += bias_BT[row, :length]
                 if back_HT.size:
                     weights_JT[j, :length] += back_HT[head, length - 1 :: -1]
-                _softmax(weights_JT[j], length)
+                logsum = _softmax(weights_JT[j], length)
+                if logsum_NH.size:
+                    logsum_NH[start + j, head] = logsum
             if d == 64:
                 _mix(weights_JT, values_BHTd[row, head], wide_4d, mixed_Jd, pairs, length, 64)
             else:
@@ -263,8 +271,8 @@ def _read_type(x_d: Any, wide_d: Any, d: Any) -> Any:
 
 
 @_compiled(inline="always")
-def _softmax(x_T: Array, length: int) -> None:
-    """Turn scores into weights, in place. The largest in four chains: a single one would wait for itself."""
+def _softmax(x_T: Array, length: int) -> Any:
+    """Turn scores into weights; return their sum's logarithm. The largest in four chains: one would wait for itself."""
     m0 = m1 = m2 = m3 = x_T[0]
     for t in range(0, length - 3, 4):
         m0, m1, m2, m3 = max(m0, x_T[t]), max(m1, x_T[t + 1]), max(m2, x_T[t + 2]), max(m3, x_T[t + 3])
@@ -276,6 +284,7 @@ def _softmax(x_T: Array, length: int) -> None:
         total += x_T[t]
     for t in range(length):
         x_T[t] /= total
+    return largest + np.log(total)
 
 
 @_compiled(fastmath={"contract"})  # reordering would undo the two-part logarithm

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_mue.backbones import Backbone, EncoderStream
+from lightning_mue.backbones.pieces import NoPieces
 from lightning_mue.inference.fastest import FastestStream, fastest
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.inference.torch_executor import TorchExecutor
@@ -106,7 +107,7 @@ def _fastest(backbone: Backbone, precision: str | None) -> Runtime:
         return plain
     try:
         others = [make_runtime(name, backbone, precision) for name in able if name != plain.name]
-    except ImportError:
+    except (ImportError, NoPieces):
         return plain
     rivals = [plain, *others]
     with torch.inference_mode():

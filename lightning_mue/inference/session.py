@@ -73,14 +73,19 @@ class LayerSessions:
     between: Session | None
     after: Session
     memory: Session | None
+    window: int | None = None
+
+    def project(self, h_ND: Array, positions_N: Array) -> Sequence[Array]:
+        """Return query, key and value of states at these positions."""
+        return self.before(h_ND, positions_N[:, None]) if len(self.before.shapes) == 2 else self.before(h_ND)
 
     @classmethod
-    def of(cls, make: Callable[[str], Session | None]) -> LayerSessions:
+    def of(cls, make: Callable[[str], Session | None], window: int | None = None) -> LayerSessions:
         """Return the sessions that ``make`` gives by name; None for a piece that the layer does not have."""
         before, between, after, memory = map(make, LAYER_PIECES)
         assert before is not None
         assert after is not None
-        return cls(before, between, after, memory)
+        return cls(before, between, after, memory, window)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +94,7 @@ class DecoderSessions:
 
     Args:
         layers: first to last.
-        heads: of attention.
+        heads: of keys and values.
         head_dim: of each.
         max_positions: at most.
         precision: of the layers' weights.
@@ -118,11 +123,17 @@ class DecoderSessions:
     buffers: Buffers = field(default_factory=Buffers)
     gates: dict[int, tuple[Any, Session]] = field(default_factory=dict)
 
-    def back(self, positions: int) -> Array | None:
+    def back(self, positions: int, window: int | None) -> Array | None:
         """Return what is added to the score of the position so many back, ``[H, positions]``, or None."""
-        if self.distance_bias_HN is None:
+        at_T, bias_HN = np.arange(positions), self.distance_bias_HN
+        if bias_HN is None and (window is None or positions <= window):
             return None
-        return self.distance_bias_HN[:, np.minimum(np.arange(positions), self.distance_bias_HN.shape[1] - 1)]
+        back_HT = (
+            np.zeros((self.heads, positions), np.float32)
+            if bias_HN is None
+            else bias_HN[:, at_T.clip(max=bias_HN.shape[1] - 1)]
+        )
+        return back_HT if window is None else np.where(at_T < window, back_HT, np.finfo(np.float32).min)
 
     @cached_property
     def head(self) -> Head:

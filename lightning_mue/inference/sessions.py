@@ -48,8 +48,8 @@ def decoder_sessions(decoder: DecoderStream, precision: str = "float32") -> Deco
     def piece(k: int, name: str) -> Session | None:
         return session(at) if (at := f"{k}/{name}") in pieces else None
 
-    layers = [LayerSessions.of(partial(piece, k)) for k in range(1, decoder.num_layers + 1)]
-    shape = (decoder.num_heads, decoder.head_dim, decoder.max_positions)
+    layers = [LayerSessions.of(partial(piece, k), decoder.window(k)) for k in range(1, decoder.num_layers + 1)]
+    shape = (decoder.num_kv_heads, decoder.head_dim, decoder.max_positions)
     bias, weights = decoder.distance_bias(), decoder.head_weights()
     bias_HN = None if bias is None else bias.detach().float().numpy()
     return DecoderSessions(layers, *shape, precision, threads, *weights, head, distance_bias_HN=bias_HN)
@@ -59,8 +59,16 @@ def decoder_pieces(decoder: DecoderStream) -> dict[str, tuple[nn.Module, *tuple[
     """Return name -> module and examples of what it is given, of the head and of all layers' pieces."""
     h_ND, memory_BSD = torch.zeros(2, decoder.width), torch.zeros(2, 3, decoder.memory_width)
     read_ND = torch.zeros(2, decoder.num_heads * decoder.head_dim)
-    examples = {"before": (h_ND,), "between": (h_ND, read_ND), "after": (h_ND, read_ND), "memory": (memory_BSD,)}
-    layers = {k: decoder.pieces(k).named() for k in range(1, decoder.num_layers + 1)}
+    examples: dict[str, Any] = {
+        "before": (h_ND,),
+        "between": (h_ND, read_ND),
+        "after": (h_ND, read_ND),
+        "memory": (memory_BSD,),
+    }
+    cut = {k: decoder.pieces(k) for k in range(1, decoder.num_layers + 1)}
+    if cut[1].reads_positions:
+        examples["before"] = (h_ND, torch.zeros(2, 1, dtype=torch.long))
+    layers = {k: pieces.named() for k, pieces in cut.items()}
     found: dict[str, Any] = {"head": (decoder.head_piece, h_ND)}
     return found | {f"{k}/{name}": (part[name], *examples[name]) for k, part in layers.items() for name in part}
 

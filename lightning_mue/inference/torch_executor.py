@@ -71,7 +71,7 @@ class TorchExecutor:
         self._owner_RT: Tensor | None = None
         self._closed = None if closed is None else torch.tensor(closed, device=memory_BSD.device)
         new = memory_BSD.new_empty
-        kv_shape = (decoder.num_layers + 1, self.batch, decoder.num_heads, positions, decoder.head_dim)
+        kv_shape = (decoder.num_layers + 1, self.batch, decoder.num_kv_heads, positions, decoder.head_dim)
         self._keys, self._values = new(kv_shape), new(kv_shape)
         self.states = new(decoder.num_layers + 1, self.batch, positions, decoder.width)
         self.ids = torch.zeros(self.batch, positions + 1, dtype=torch.long, device=memory_BSD.device)
@@ -109,7 +109,7 @@ class TorchExecutor:
             h_RmD = self.states[layer - 1][new]
             memory_mask = None if self._memory_mask is None else self._memory_mask[self._samples(rows)]
             kv = _RowsKV(self, layer, rows, first, last)
-            mask = self._mask(first, last)
+            mask = self._mask(first, last, window=self._decoder.window(layer))
             left_RmD = self._decoder.cached_layer(layer, h_RmD, kv, mask, memory_mask)
             self.states[layer][new] = left_RmD.to(self.states.dtype)  # under autocast layers give less
 
@@ -122,7 +122,7 @@ class TorchExecutor:
                 self._keys[layer, index, :, block] = self._keys[layer - 1, index, :, block]
                 self._values[layer, index, :, block] = self._values[layer - 1, index, :, block]
             else:
-                key, value = self._decoder.self_kv(layer, self.states[layer - 1, index, block])
+                key, value = self._decoder.self_kv(layer, self.states[layer - 1, index, block], first)
                 self._keys[layer, index, :, block], self._values[layer, index, :, block] = key, value
 
     def score(self, signal: str, layer: int, places: Sequence[Place]) -> list[float]:
@@ -283,7 +283,7 @@ class _RowsKV:
     """One layer's K/V for the rows and positions of one call (a ``LayerKV``)."""
 
     def __init__(self, owner: TorchExecutor, layer: int, rows: Sequence[int], first: int, last: int) -> None:
-        index, self._count, self._samples = owner._index(rows), len(rows), owner._samples(rows)
+        self.first, self._count, index, self._samples = first, len(rows), owner._index(rows), owner._samples(rows)
         self._new, self._seen = owner._where(index, first, last), owner._where(index, 0, last)
         self._kv, self._memory = (owner._keys[layer], owner._values[layer]), owner._memory_kv[layer]
 

@@ -25,7 +25,8 @@ def decoder_sessions(files: GraphFiles) -> DecoderSessions:
     def piece(k: int, name: str) -> Session | None:
         return session(at) if (at := f"decoder/{k}/{name}") in files else None
 
-    layers = [LayerSessions.of(partial(piece, k)) for k in range(1, facts["layers"] + 1)]
+    windows = facts.get("windows", [None] * facts["layers"])  # older bundles are of no T5Gemma 2
+    layers = [LayerSessions.of(partial(piece, k), window) for k, window in enumerate(windows, 1)]
     weight_VD = files.array("head_weight")
     bias_V, bias_HN = (
         files.array(name) if name in files.facts["arrays"] else None for name in ("head_bias", "distance_bias")

@@ -166,8 +166,10 @@ def decoder_states(
     """
     decoder = backbone.decoder
     states = [decoder.embed(ids_BT, 0)]
-    mask = causal_mask(0, ids_BT.shape[1], states[0].dtype, ids_BT.device, decoder.distance_bias())
+    seen = (0, ids_BT.shape[1], states[0].dtype, ids_BT.device, decoder.distance_bias())
+    masks = {window: causal_mask(*seen, window) for window in {*map(decoder.window, range(1, decoder.num_layers + 1))}}
     for k in range(1, decoder.num_layers + 1):
+        mask = masks[decoder.window(k)]
         h_BTD = decoder.layer(k, states[-1], memory_BSD, mask, memory_mask)
         states.append(h_BTD if depth_BT is None else torch.where((depth_BT >= k)[..., None], h_BTD, states[-1]))
     return states

@@ -24,8 +24,8 @@ def test_layers_one_after_another_are_the_forward(name, attention):
         done[stream.name] = stream.epilogue(state)
     memory, memory_mask, decoder = backbone.memory(done), backbone.memory_mask(tensors), backbone.decoder
     h = decoder.embed(ids, 0)
-    mask = causal_mask(0, ids.shape[1], h.dtype, h.device, decoder.distance_bias())
     for k in range(1, decoder.num_layers + 1):
+        mask = causal_mask(0, ids.shape[1], h.dtype, h.device, decoder.distance_bias(), decoder.window(k))
         torch.testing.assert_close(h, expected[k - 1], rtol=1e-4, atol=1e-4)
         h = decoder.layer(k, h, memory, mask, memory_mask)
     torch.testing.assert_close(decoder.norm(h), expected[-1], rtol=1e-4, atol=1e-4)

@@ -36,6 +36,7 @@ SIGNALS = {
     "t5": "similarity",
     "udop": "gate",
     "blip2": "gate",
+    "t5gemma2": "similarity",
 }
 ALWAYS = {"similarity": -1.0, "gate": 0.0, "flat_similarity": -1.0, "static": 0.0}
 """Thresholds that every score reaches."""

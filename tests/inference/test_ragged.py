@@ -10,6 +10,7 @@ import torch
 
 from lightning_mue.inference import ragged
 from lightning_mue.inference.bfloat16 import from_bfloat16, to_bfloat16
+from lightning_mue.inference.pairs import attend_both
 from lightning_mue.inference.ragged import attend
 
 MASKED = np.finfo(np.float32).min
@@ -213,6 +214,8 @@ WRONG = {
     "distances of other length": ({"back_HT": np.zeros((3, 5), np.float32)}, ValueError, r"\(3, 5\)"),
     "double distances": ({"back_HT": np.zeros((3, 6))}, TypeError, "must be float32"),
     "out of other shape": ({"out_NHd": np.zeros((1, 3, 8), np.float32)}, ValueError, r"\(1, 3, 8\)"),
+    "sums of other shape": ({"logsum_NH": np.zeros((2, 2), np.float32)}, ValueError, r"\(2, 2\)"),
+    "double sums": ({"logsum_NH": np.zeros((2, 3))}, TypeError, "must be float32"),
     "a view of keys": ({"keys_BHTd": np.zeros((2, 3, 9, 8), np.float32)[:, :, :6]}, ValueError, "must be contiguous"),
     "row too large": ({"rows_N": [0, 2]}, ValueError, r"rows must be 0 \.\. 1, .*; pair 1 has 2 and 6"),
     "negative row": ({"rows_N": [-1, 0]}, ValueError, "pair 0 has -1 and 6"),
@@ -290,3 +293,36 @@ print(ragged.attend(keys[0, :, :3] / 8, keys, values, [1, 0, 0], [97, 97, 50]).t
     first, second = (run_alone(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
     assert len(first) > 3 * 3 * 64 * 4 * 2
     assert first == second
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_two_sets_of_keys_are_read_in_one_softmax(threads):
+    """Also where one set is almost all of it, and where padding and a window hide parts."""
+    rows, lengths, of_memory = np.array([0, 2, 2, 1]), np.array([5, 9, 9, 1]), np.full(4, 13)
+    queries, keys, values = case(3, 2, 9, 16, 4)
+    _, more_keys, more_values = case(3, 2, 13, 16, 4, seed=1)
+    bias, back = np.zeros((3, 13), np.float32), np.zeros((2, 9), np.float32)
+    bias[2, 7:], back[:, 4:] = MASKED, MASKED
+    for scale in (1, 30):
+        more = np.ascontiguousarray(more_keys * np.float32(scale))
+        own, memory = (keys, values, rows, lengths, None), (more, more_values, rows, of_memory, bias)
+        found = attend_both(queries, own, memory, threads, back)
+        for n, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            both = (
+                np.concatenate([a[row, :, :length], b[row]], 1)[None] for a, b in ((keys, more), (values, more_values))
+            )
+            hidden = np.concatenate([back[0, length - 1 :: -1], bias[row]])[None]
+            expected = reference(queries[[n]], *both, [0], [length + 13], hidden)
+            assert off(found[n], expected[0]) <= 5e-6
+
+
+def test_the_sums_of_softmaxes_are_given():
+    rows, lengths = [1, 0, 0], [7, 3, 3]
+    queries, keys, values = case(2, 3, 7, 8, 3)
+    sums = np.empty((3, 3), np.float32)
+    assert np.array_equal(
+        attend(queries, keys, values, rows, lengths, logsum_NH=sums), attend(queries, keys, values, rows, lengths)
+    )
+    for n, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        scores = np.einsum("hd,htd->ht", queries[n].astype(float), keys[row, :, :length].astype(float))
+        assert off(sums[n], np.log(np.exp(scores).sum(1))) <= 1e-6

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, T5Gemma2ForConditionalGeneration
 
 from lightning_mue.policy import KV_FILLS, ExitPolicy
 from tests import reference, zoo
@@ -141,8 +141,25 @@ class OneRowOfT5(OneRow):
         self.states[0].append(self.decoder.embed_tokens(torch.tensor([[token]])))
 
 
+class OneRowOfT5Gemma2(OneRow):
+    """Layers are told a position's angles, and what their window hides of the tokens before."""
+
+    def run(self, layer, h, cache):
+        module, position = self.layers[layer - 1], cache.get_seq_length(layer - 1)
+        angles = self.decoder.rotary_emb(h, torch.tensor([[position]]), module.attention_type)
+        seen = torch.ones(1, 1, 1, position + 1 + self.memory.shape[1], dtype=torch.bool)
+        if module.attention_type == "sliding_attention":
+            seen[..., : max(0, position + 1 - self.decoder.config.sliding_window)] = False
+        return module(h, angles, seen, past_key_values=cache, encoder_hidden_states=self.memory)
+
+    def embed(self, token):
+        self.states[0].append(self.decoder.embed_tokens(torch.tensor([[token]])))
+
+
 def one_row(model, *given):
     kind = OneRowOfCoCa if hasattr(model, "coca") else OneRow
+    if isinstance(model, T5Gemma2ForConditionalGeneration):
+        kind = OneRowOfT5Gemma2
     return (OneRowOfT5 if reference.is_t5(model) else kind)(model, *given)
 
 

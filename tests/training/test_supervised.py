@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
+from transformers import T5Gemma2ForConditionalGeneration
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2RMSNorm
 
 from lightning_mue.backbones import num_layers, view
 from lightning_mue.exits import attached
@@ -34,6 +36,9 @@ def upper_outputs(model):
         names = ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")
         return [block.layer[i].get_submodule(name) for block in decoder.block[1:] for i, name in enumerate(names)]
     layers = decoder.layers[1:]
+    if isinstance(model, T5Gemma2ForConditionalGeneration):
+        names = ("post_self_attn_layernorm", "post_feedforward_layernorm")
+        return [getattr(layer, name) for layer in layers for name in names]
     return [part for layer in layers for part in (layer.fc2, layer.self_attn.out_proj, layer.encoder_attn.out_proj)]
 
 
@@ -42,6 +47,8 @@ def agreeable(model):
     with torch.no_grad():
         for part in upper_outputs(model):
             part.weight *= 0.06
+            if type(part) is T5Gemma2RMSNorm:
+                part.weight -= 0.94  # it multiplies by one more
         for parameter in attached(model).adapters.parameters():
             parameter *= 0.1
     return model
