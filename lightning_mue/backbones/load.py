@@ -87,9 +87,10 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
         model.generation_config = GenerationConfig(**generation)
     model = _ready(model)
     if position_std is not None:
-        embedded = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        learned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
         for name, parameter in model.named_parameters():
-            if name.endswith("position_embeddings") or ("position" in name and name in embedded):
+            is_position = "position" in name or ".wpe." in name  # the latter GPT-2's
+            if is_position and (name in learned or name.endswith(("_embedding", "_embeddings"))):
                 nn.init.normal_(parameter, std=position_std)
     return model
 

@@ -11,7 +11,8 @@ class Turns(nn.Module):
     """Positions -> cosines and sines.
 
     For graphs, which are exported once for many layers and must be given each one's frequencies: transformers' own
-    module keeps them out of its ``state_dict``.
+    module keeps them out of its ``state_dict``. (ONNX Runtime takes 16 cosines at a time, and what is left over in
+    another way: where heads are no multiple of 16, the last bit depends on how many positions there are.)
 
     Args:
         rotary: transformers' module.

@@ -33,6 +33,18 @@ def test_a_config_rebuilds_the_same_model(name):
     assert num_layers(view(again)) == num_layers(view(model))
 
 
+@pytest.mark.parametrize("name", ["florence2", "trocr", "vit_gpt2", "blip", "blip2"])
+def test_learned_positions_are_drawn_as_asked(name):
+    def positions(model):
+        return {k: p for k, p in model.named_parameters() if "position" in k or "wpe" in k}
+
+    config = backbone_config(zoo.make(name, exits=False))
+    plain, drawn = positions(build_backbone(config)), positions(build_backbone(config | {"position_std": 3.0}))
+    assert drawn
+    assert name != "vit_gpt2" or len(drawn) == 2
+    assert all(2.5 < p.std() < 3.5 and plain[k].std() < 1.5 for k, p in drawn.items())
+
+
 def test_a_module_is_taken_as_it_is():
     model = zoo.make("florence2", exits=False)
     assert build_backbone(model) is model
