@@ -289,7 +289,7 @@ def tiny_t5gemma2() -> nn.Module:
         "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
         "full_attention": {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0},
     }
-    stack = {**shape, **ids, **drawn, "vocab_size": VOCABULARY, "head_dim": 16, "query_pre_attn_scalar": 6}
+    stack = {**shape, **ids, **drawn, "vocab_size": VOCABULARY, "head_dim": 16, "query_pre_attn_scalar": 12}
     stack |= {"sliding_window": 5, "max_position_embeddings": 64, "rope_parameters": turns}
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     vision = {"model_type": "siglip_vision_model", "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 4}
