@@ -34,6 +34,20 @@ def old_t5(**changed):
     return zoo.talkative(build_backbone(config | changed)).requires_grad_(False).eval()
 
 
+def says_what_transformers_says(model, tensors, layers):
+    """Logits along the answer of so many layers, and the answer itself, which is returned."""
+    out, executor = ExitEngine(model, ExitPolicy.full_depth()).run(12, None, False, tensors)
+    assert out.sequences.tolist() == reference.generate(model, tensors).tolist()
+    assert len({*out.sequences.flatten().tolist()}) > 3
+    ids = out.sequences[:, :-1]
+    expected = model(**tensors, decoder_input_ids=ids).logits
+    for t in range(ids.shape[1]):
+        found = executor.exit_logits(layers, slice(None), t)
+        going = (ids[:, 1 : t + 1] != zoo.END).all(1)
+        torch.testing.assert_close(found[going], expected[going, t], rtol=1e-3, atol=1e-3)
+    return out.sequences.tolist()
+
+
 @pytest.mark.parametrize("changed", [{}, {"tie_word_embeddings": False}], ids=["scaled", "as T5 1.1"])
 def test_other_t5s_say_what_transformers_says(changed):
     """T5 1.1 says by its untied head that what it reads is not scaled; transformers ties it all the same."""
@@ -41,15 +55,7 @@ def test_other_t5s_say_what_transformers_says(changed):
     assert model.config.scale_decoder_outputs == (not changed)
     again = build_backbone(backbone_config(model))
     assert again.config.scale_decoder_outputs == model.config.scale_decoder_outputs
-    out, executor = ExitEngine(model, ExitPolicy.full_depth()).run(12, None, False, tensors)
-    assert out.sequences.tolist() == reference.generate(model, tensors).tolist()
-    assert len({*out.sequences.flatten().tolist()}) > 3
-    ids = out.sequences[:, :-1]
-    expected = model(**tensors, decoder_input_ids=ids).logits
-    for t in range(ids.shape[1]):
-        found = executor.exit_logits(3, slice(None), t)
-        going = (ids[:, 1 : t + 1] != zoo.END).all(1)
-        torch.testing.assert_close(found[going], expected[going, t], rtol=1e-3, atol=1e-3)
+    says_what_transformers_says(model, tensors, 3)
 
 
 @pytest.mark.parametrize("name", NAMES)
