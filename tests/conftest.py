@@ -1,4 +1,5 @@
 import os
+from functools import cache
 from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +26,20 @@ def _own_cache(tmp_path_factory):
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(base / "cache")):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _operators_once():
+    """torch looks all of ONNX's operators up at each export, which is a third of what a small one takes."""
+    try:
+        from torch.onnx._internal.exporter._registration import onnxscript_apis as operators
+
+        found = mock.patch.object(operators, "get_torchlib_ops", cache(operators.get_torchlib_ops))
+    except (ImportError, AttributeError):  # not installed, or moved: then they are looked up
+        yield
+    else:
+        with found:
+            yield
 
 
 @pytest.fixture(autouse=True)

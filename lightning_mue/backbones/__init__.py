@@ -1,9 +1,8 @@
 """Views of supported models as streams of layers; the only folder that knows transformers and open_clip."""
 
+from lightning_mue.backbones.backbone import Backbone, exit_streams, num_layers
 from lightning_mue.backbones.load import backbone_config, build_backbone, fingerprint, read_weights
-from lightning_mue.backbones.stream import Backbone, DecoderStream, DecodeSettings, EncoderStream, StreamState
-from lightning_mue.backbones.stream import exit_streams as exit_streams
-from lightning_mue.backbones.stream import num_layers as num_layers
+from lightning_mue.backbones.stream import DecoderStream, DecodeSettings, EncoderStream, StreamState
 from lightning_mue.backbones.view import EXITS, register_view, unwrapped, view
 
 __all__ = [

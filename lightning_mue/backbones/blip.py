@@ -149,6 +149,28 @@ class BlipView(GeneratingView):
             self.generate_inputs = ("input_ids", "pixel_values", "attention_mask", "decoder_prompt")
         self.decoder = BlipDecoderStream(self.model.text_decoder)
 
+    @property
+    def generator(self) -> Any:
+        """The text decoder."""
+        return self.model.text_decoder
+
+    def answer_call(self, asked: Mapping[str, Any], memory_BSD: Tensor, valid_BS: Tensor | None) -> dict[str, Any]:
+        """A text decoder's, which reads the memory beside its own tokens.
+
+        Of a caption's prompt, ``input_ids``, transformers takes the first token for a start and the last for an end.
+        """
+        call, text = dict(asked), self.model.config.text_config
+        ids_BT, valid_BT = call.pop("input_ids", None), call.pop("attention_mask", None)
+        if ids_BT is not None:
+            ids_BT = ids_BT[:, :-1].clone()
+            ids_BT[:, 0] = text.bos_token_id
+        elif (ids_BT := call.pop("decoder_input_ids", None)) is None:
+            ids_BT = torch.full((len(memory_BSD), 1), text.bos_token_id, device=memory_BSD.device)
+        call |= {"input_ids": ids_BT, "encoder_hidden_states": memory_BSD}
+        call |= {} if valid_BT is None else {"attention_mask": valid_BT[:, :-1]}
+        call |= {} if valid_BS is None else {"encoder_attention_mask": valid_BS}
+        return {"eos_token_id": text.sep_token_id, "pad_token_id": text.pad_token_id, **call}
+
     def memory(self, done: Outputs) -> Tensor:
         """The picture's tokens, or those of the question, which have read it."""
         return done[self.encoders[-1].name]
@@ -190,25 +212,16 @@ class BlipView(GeneratingView):
     def _generate(self, **inputs_and_settings: Any) -> Tensor:
         """Transformers' own ``generate``; of a question the decoder's, which is given the mask and any prompt."""
         pixel_values, settings = inputs_and_settings.pop("pixel_values"), inputs_and_settings
-        start, end = (getattr(self.model.config.text_config, name) for name in ("bos_token_id", "sep_token_id"))
-        ids_BT = settings.pop("decoder_input_ids", None)
-        if ids_BT is None:
-            ids_BT = torch.full((len(pixel_values), 1), start, device=pixel_values.device)
-        if not self._asked:  # it takes the last token for an end, and leaves it out
-            whole_BT = torch.cat([ids_BT, torch.full_like(ids_BT[:, :1], end)], 1)
-            return super()._generate(pixel_values=pixel_values, input_ids=whole_BT, **settings)
+        if not self._asked:
+            if (ids_BT := settings.pop("decoder_input_ids", None)) is not None:
+                settings["input_ids"] = nn.functional.pad(ids_BT, (0, 1))  # what it takes for an end, and leaves out
+            return super()._generate(pixel_values=pixel_values, **settings)
         with torch.no_grad():
             image_BSD = self.model.vision_model(pixel_values).last_hidden_state
             question, valid = settings.pop("input_ids"), settings.pop("attention_mask", None)
             found = self.model.text_encoder(question, valid, encoder_hidden_states=image_BSD)
         with _masked(self.model.text_decoder, self.memory_mask({"attention_mask": valid})):
-            ids: Tensor = self.model.text_decoder.generate(
-                input_ids=ids_BT,
-                eos_token_id=end,
-                pad_token_id=self.model.config.text_config.pad_token_id,
-                encoder_hidden_states=found.last_hidden_state,
-                **settings,
-            )
+            ids: Tensor = self.generator.generate(**self.answer_call(settings, found.last_hidden_state, None))
         return ids
 
 

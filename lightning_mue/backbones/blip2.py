@@ -111,6 +111,11 @@ class Blip2View(PlainView):
         inputs = ("input_ids", "pixel_values", "attention_mask")
         super().__init__(model, [QueriedStream(model), self._encoder], decoder, inputs)
 
+    @property
+    def generator(self) -> Any:
+        """The language model."""
+        return self.model.language_model
+
     def memory_mask(self, inputs: Inputs) -> Tensor | None:
         """The decoder must not read the prompt's padding."""
         return additive_mask(self._encoder.valid(inputs), self.model.language_model.dtype)

@@ -6,9 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from lightning_mue.backbones.generation import build_processors, generate_as_asked, read_settings
 from lightning_mue.backbones.stream import DecodeSettings, Inputs, TokenProcessor
+
+
+class Memory(BaseModelOutput):
+    """Encoder outputs that are already what the decoder reads."""
 
 
 class GeneratingView:
@@ -22,6 +27,16 @@ class GeneratingView:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+
+    @property
+    def generator(self) -> Any:
+        """The model, whose ``generate`` is that of all of transformers' models."""
+        return self.model
+
+    def answer_call(self, asked: Mapping[str, Any], memory_BSD: Tensor, valid_BS: Tensor | None) -> dict[str, Any]:
+        """An encoder-decoder's: its encoder has run."""
+        masks = {} if valid_BS is None else {"attention_mask": valid_BS}
+        return {**asked, **masks, "encoder_outputs": Memory(last_hidden_state=memory_BSD)}
 
     def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
         """Transformers' own ``generate``."""

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_mue.backbones.pieces import LayerPieces
-
-if TYPE_CHECKING:
-    from lightning_mue.backbones.contrastive import Contrastive
 
 Inputs = Mapping[str, Any]
 Outputs = Mapping[str, Tensor]
@@ -195,68 +192,6 @@ class DecodeSettings:
     max_new_tokens: int
     plain: Mapping[str, Any] = field(default_factory=dict)
     """The same and everything else that shapes the output, as plain values (kept in certificates)."""
-
-
-class Backbone(Protocol):
-    """A model seen as streams."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model itself."""
-
-    @property
-    def encoders(self) -> Sequence[EncoderStream]:
-        """The streams before the decoder, in the order they run."""
-
-    @property
-    def decoder(self) -> DecoderStream:
-        """The decoder."""
-
-    @property
-    def contrastive(self) -> Contrastive | None:
-        """What compares pictures with texts, or None."""
-
-    @property
-    def generate_inputs(self) -> tuple[str, ...]:
-        """Names of the tensors that ``generate`` reads."""
-
-    def generate(self, inputs: Inputs, **settings: Any) -> Tensor:
-        """Return the ids of the model library's own ``generate``, as a baseline."""
-
-    def read_call(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a call of the model's own ``forward`` under our names: ``labels`` are the answer's tokens alone."""
-
-    def memory(self, done: Outputs) -> Tensor:
-        """Return what the decoder reads, ``[B, S, D]``."""
-
-    def memory_mask(self, inputs: Inputs) -> Tensor | None:
-        """Return the additive mask ``[B, 1, 1, S]`` of the decoder's cross-attention, or None."""
-
-    def decode_settings(self, max_new_tokens: int | None) -> DecodeSettings:
-        """Read the generation config.
-
-        Raises:
-            ValueError: it asks for something the engine does not do.
-        """
-
-    def token_processors(
-        self,
-        settings: DecodeSettings,
-        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None,
-        prompts: Sequence[Sequence[int]],
-    ) -> list[TokenProcessor]:
-        """Return what ``generate`` would apply to each step's logits; ``prompts`` is what each row was given."""
-
-
-def num_layers(backbone: Backbone) -> dict[str, int]:
-    """Return stream name -> layers at full depth, in the order the streams run."""
-    return {s.name: s.num_layers for s in backbone.encoders} | {"decoder": backbone.decoder.num_layers}
-
-
-def exit_streams(backbone: Backbone) -> dict[str, int]:
-    """Return stream name -> layers of all streams that may have exits, one that only compares among them."""
-    beside = {} if backbone.contrastive is None else {"text": backbone.contrastive.text.num_layers}
-    return num_layers(backbone) | beside
 
 
 def additive_mask(valid_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:

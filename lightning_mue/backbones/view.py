@@ -16,11 +16,12 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
+from lightning_mue.backbones.backbone import Backbone
 from lightning_mue.backbones.blip import BlipView
 from lightning_mue.backbones.blip2 import Blip2View
 from lightning_mue.backbones.florence2 import Florence2View
 from lightning_mue.backbones.seq2seq import seq2seq_view
-from lightning_mue.backbones.stream import Backbone, EncoderKind
+from lightning_mue.backbones.stream import EncoderKind
 from lightning_mue.backbones.t5gemma2 import T5Gemma2View
 from lightning_mue.backbones.vision_encoder_decoder import VisionEncoderDecoderView
 

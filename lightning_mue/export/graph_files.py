@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lightning_mue.backbones import Backbone, DecoderStream, EncoderStream, StreamState, view
 from lightning_mue.backbones.processor import Processor
 from lightning_mue.exits import Exits, attached
-from lightning_mue.inference.graphs import OPSET, Graphs, quiet
+from lightning_mue.export.function_graph import function_graph
+from lightning_mue.inference.graphs import Graphs
 from lightning_mue.inference.int8_product import PROBE
 from lightning_mue.inference.sessions import decoder_pieces
 from lightning_mue.policy import ExitPolicy
@@ -84,7 +85,7 @@ def _encoder_graphs(
         state = stream.prologue(known, known)
         fields = [field for field in _STATE if getattr(state, field) is not None]
         names = [field.lower() for field in fields]  # as an export calls what layers are given
-        yield f"{stream.name}/prologue", _exported(backbone.model, _prologue(stream, fields), known, free, names)
+        yield f"{stream.name}/prologue", function_graph(backbone.model, _prologue(stream, fields), known, free, names)
         fixed = (0,) if state.grid is not None else (0, 1)
         for k in range(1, stream.num_layers + 1):
             call = stream.call(k, state)
@@ -97,7 +98,7 @@ def _encoder_graphs(
             given, names = {"h_BTD": state.h_BTD}, [stream.name]
             yield (
                 f"{stream.name}/epilogue",
-                _exported(backbone.model, _epilogue(stream, state), given, {"h_BTD": fixed}, names),
+                function_graph(backbone.model, _epilogue(stream, state), given, {"h_BTD": fixed}, names),
             )
         free[stream.name] = fixed
 
@@ -105,7 +106,7 @@ def _encoder_graphs(
         return [backbone.memory(given), backbone.memory_mask(given)]
 
     names = ["memory_BSD"] if backbone.memory_mask(known) is None else ["memory_BSD", "mask"]
-    yield "memory", _exported(backbone.model, memory, known, free, names)
+    yield "memory", function_graph(backbone.model, memory, known, free, names)
 
 
 def _prologue(stream: EncoderStream, fields: Sequence[str]) -> Callable[[dict[str, Tensor]], list[Tensor | None]]:
@@ -155,55 +156,9 @@ def _decoder_graphs(
         return [decoder.embed_at(given["ids"], given["positions"])]
 
     free = {"ids": (0, 1), "positions": (0,)}
-    yield "decoder/embed", _exported(backbone.model, embed, given, free, ["h_RmD"])
+    yield "decoder/embed", function_graph(backbone.model, embed, given, free, ["h_RmD"])
     yield "decoder/product", product_graph(decoder.vocab_size, decoder.width)
     yield PROBE_GRAPH, product_graph(*PROBE)
-
-
-class _Function(nn.Module):
-    """A function over a model's modules, as a module that holds them: an export must find their weights."""
-
-    def __init__(
-        self, model: nn.Module, function: Callable[[dict[str, Tensor]], list[Tensor | None]], names: Sequence[str]
-    ) -> None:
-        super().__init__()
-        self.model, self.function, self.names = model, function, names
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return what the function gives; copies, for an output must not be an input under another name."""
-        found = self.function(dict(zip(self.names, tensors, strict=True)))
-        return tuple(tensor.clone() for tensor in found if tensor is not None)
-
-
-def _exported(
-    model: nn.Module,
-    function: Callable[[dict[str, Tensor]], list[Tensor | None]],
-    given: dict[str, Tensor],
-    free: Mapping[str, Sequence[int]],
-    outputs: Sequence[str],
-) -> bytes:
-    """Return the graph of a function of named tensors; it takes those that the function reads."""
-    from onnxscript import opset20
-
-    shapes = tuple(dict.fromkeys(free[name], torch.export.Dim.DYNAMIC) for name in given)
-    how: dict[str, Any] = {"dynamo": True, "opset_version": OPSET, "verbose": False, "optimize": False}
-    how |= {"input_names": [*given], "output_names": [*outputs], "dynamic_shapes": (shapes,)}
-    how["custom_translation_table"] = {torch.ops.aten._is_all_true.default: opset20.Identity}  # of checks, not asked
-    with quiet():
-        program = torch.onnx.export(_Function(model, function, [*given]), tuple(given.values()), **how)
-    assert program is not None
-    model_proto = program.model_proto
-    graph = model_proto.graph
-    read = {name for node in graph.node for name in node.input}
-    for values in (graph.input, graph.initializer):
-        for value in [value for value in values if value.name not in read]:
-            values.remove(value)
-    del graph.value_info[:]
-    for node in graph.node:  # in which source file a node began
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-    data: bytes = model_proto.SerializeToString(deterministic=True)
-    return data
 
 
 class _Store:

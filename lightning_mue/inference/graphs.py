@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -71,7 +72,8 @@ class Graphs:
             return self._kept(self.precision, key, lambda: rounded(plain, levels))
 
     def _template(self, module: nn.Module, examples: Sequence[Tensor], free: tuple[tuple[int, ...], ...]) -> bytes:
-        made_of = [repr(module), *_sources(module), *map(repr, sorted(_numbers(module).items()))]
+        described = re.sub(r"\b(p|drop_prob)=[\d.e-]+", "", repr(module))
+        made_of = [described, *_sources(module), *map(repr, sorted(_numbers(module).items()))]
         made_of += [str(tuple(weight.shape)) for weight in module.state_dict().values()]
         for example, axes in zip(examples, free, strict=True):
             made_of.append(str([None if axis in axes else size for axis, size in enumerate(example.shape)]))
@@ -132,13 +134,18 @@ def _exported(module: nn.Module, examples: Sequence[Tensor], free: Sequence[Sequ
     return data
 
 
+_IDLE = ("layer_idx", "layer_num", "drop_prob")
+"""Numbers in which layers of a kind differ and of which no graph holds anything: whose place in a cache a layer's K/V
+have (layers are exported without caches), and how much training drops."""
+
+
 def _numbers(module: nn.Module) -> dict[str, float]:
-    """Return the numbers that an export writes into the graph, which no weight shows."""
+    """Return the numbers that an export may write into the graph, which no weight shows."""
     return {
         f"{name}.{key}": value
         for name, part in module.named_modules()
         for key, value in vars(part).items()
-        if isinstance(value, (int, float)) and not key.startswith("_")
+        if isinstance(value, (int, float)) and not key.startswith("_") and key not in _IDLE
     }
 
 

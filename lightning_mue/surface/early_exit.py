@@ -17,8 +17,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
+from lightning_mue.backbones.generating import Memory
 from lightning_mue.backbones.stream import TokenProcessor, additive_mask
 from lightning_mue.inference import ExitEngine
 from lightning_mue.inference.fed import FedDecoding
@@ -35,10 +36,6 @@ _LOOPS = {
 }
 
 
-class Memory(BaseModelOutput):
-    """Encoder outputs that are already what the decoder reads."""
-
-
 class EarlyExit:
     """A ``custom_generate`` of transformers: the decoder obeys a policy; the encoder ran before, at full depth.
 
@@ -50,6 +47,7 @@ class EarlyExit:
         policy: its rule for the decoder is obeyed.
         streamer: gets tokens as they come; transformers gives a ``custom_generate`` none of its own.
         check_fingerprint: refuse a policy made for other weights (hashing all weights takes a moment, once a model).
+        whole: the supported model, where what generates is but a part of it; what generates itself if not given.
 
     Attributes:
         exit_depths: of each token of the latest call, int64 ``[R, T]``, 0 after a row's last; None after beams.
@@ -58,9 +56,11 @@ class EarlyExit:
         ValueError: the policy asks for what transformers' loop cannot do.
     """
 
-    def __init__(self, policy: ExitPolicy, streamer: Any = None, check_fingerprint: bool = True) -> None:
+    def __init__(
+        self, policy: ExitPolicy, streamer: Any = None, check_fingerprint: bool = True, whole: nn.Module | None = None
+    ) -> None:
         _check(policy)
-        self.policy, self.streamer, self._check_fingerprint = policy, streamer, check_fingerprint
+        self.policy, self.streamer, self._check_fingerprint, self._whole = policy, streamer, check_fingerprint, whole
         self._known: WeakSet[nn.Module] = WeakSet()
         self.exit_depths: Tensor | None = None
 
@@ -119,15 +119,10 @@ class EarlyExit:
         generation_config: Any,
         model_kwargs: Mapping[str, Any],
     ) -> FedDecoding:
-        engine, outputs = self.engine(model), model_kwargs["encoder_outputs"]
-        valid_RT = model_kwargs.get("decoder_attention_mask")
+        engine = self.engine(model if self._whole is None else self._whole)
+        memory_RSD, valid_RS, valid_RT = _read(engine, model_kwargs)
         if valid_RT is not None and not bool(valid_RT.all()):
-            raise ValueError("Decoder prompts of one call must be of one length: `decoder_attention_mask` has zeros.")
-        memory_RSD: Tensor = outputs.last_hidden_state
-        if not isinstance(outputs, Memory):
-            memory_RSD = engine.backbone.memory({_last_encoder(engine): memory_RSD})
-        valid_RS = getattr(outputs, "attention_mask", None)  # UDOP's, whose memory is longer than its words
-        valid_RS = model_kwargs.get("attention_mask") if valid_RS is None else valid_RS
+            raise ValueError("Decoder prompts of one call must be of one length: their attention mask has zeros.")
         mask = additive_mask(None if valid_RS is None else valid_RS.bool(), memory_RSD.dtype)
         steps = generation_config.max_length - input_ids.shape[1]
         processors: list[TokenProcessor] = []
@@ -172,9 +167,12 @@ class _Step:
         self.decoding, self.cache = decoding, cast("Any", _Cache(decoding))
 
     @torch.inference_mode()
-    def __call__(self, decoder_input_ids: Tensor, **_: Any) -> Seq2SeqLMOutput:
-        """Return the logits that choose the next tokens, ``[R, 1, V]``."""
-        decoding, ids_RT = self.decoding, decoder_input_ids
+    def __call__(
+        self, input_ids: Tensor | None = None, decoder_input_ids: Tensor | None = None, **_: Any
+    ) -> Seq2SeqLMOutput:
+        """Return the logits that choose the next tokens, ``[R, 1, V]``; a decoder alone gets them as `input_ids`."""
+        decoding, ids_RT = self.decoding, input_ids if decoder_input_ids is None else decoder_input_ids
+        assert ids_RT is not None
         if ids_RT.shape[1] > 1:  # the prompt; some models are given the whole answer so far in each step
             ids_RT = ids_RT[:, decoding.length :]
         left = decoding.feed(ids_RT.tolist())
@@ -236,6 +234,18 @@ def _of_all_rows(processors: Sequence[Any], executor: TorchExecutor) -> TokenPro
         return every_BV[list(rows)]
 
     return process
+
+
+def _read(engine: ExitEngine, given: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return what the decoder reads, ``[R, S, D]``, where it and the decoder's prompts are no padding."""
+    if (outputs := given.get("encoder_outputs")) is None:  # a decoder alone, with its own names for them
+        return given["encoder_hidden_states"], given.get("encoder_attention_mask"), given.get("attention_mask")
+    memory_RSD: Tensor = outputs.last_hidden_state
+    if not isinstance(outputs, Memory):
+        memory_RSD = engine.backbone.memory({_last_encoder(engine): memory_RSD})
+    valid_RS = getattr(outputs, "attention_mask", None)  # UDOP's, whose memory is longer than its words
+    valid_RS = given.get("attention_mask") if valid_RS is None else valid_RS
+    return memory_RSD, valid_RS, given.get("decoder_attention_mask")
 
 
 def _last_encoder(engine: ExitEngine) -> str:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
-from lightning_mue.backbones import unwrapped
+from lightning_mue.backbones import unwrapped, view
 from lightning_mue.inference.encode import encode
 from lightning_mue.inference.request import longest_answer
 from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.policy import ExitPolicy
-from lightning_mue.surface.early_exit import EarlyExit, Memory, one_at_a_time
+from lightning_mue.surface.early_exit import EarlyExit, one_at_a_time
 
 
 class Enabled:
@@ -44,20 +44,19 @@ def enable(model: Any, policy: ExitPolicy, check_fingerprint: bool = True) -> En
         check_fingerprint: refuse a policy made for other weights.
 
     Raises:
-        TypeError: the model has no ``generate``, or, as BLIP, not that of all models.
+        TypeError: the model has no view, or no ``generate`` that is transformers' own.
         ValueError: the policy does not fit, or asks for what only an ExitEngine does.
     """
     model = unwrapped(model)
-    if getattr(type(model), "generate", None) is not GenerationMixin.generate:
-        raise TypeError(
-            f"{type(model).__name__} has no `generate` of transformers' own (BLIP writes another); use an ExitEngine."
-        )
+    if getattr(type(view(model).generator), "generate", None) is not GenerationMixin.generate:
+        raise TypeError(f"{type(model).__name__} has no `generate` of transformers' own; use an ExitEngine.")
     found = Enabled()
     EarlyExit(policy, check_fingerprint=check_fingerprint).engine(model)  # what does not fit is refused now
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = inspect.signature(GenerationMixin.generate).bind(self, *args, **kwargs).arguments
-        asked |= asked.pop("kwargs", {})
+        asked = inspect.signature(type(self).generate).bind(self, *args, **kwargs).arguments
+        for more in ("kwargs", "generate_kwargs"):
+            asked |= asked.pop(more, {})
         with one_at_a_time(self):
             return _generate(asked, policy, found)
 
@@ -73,18 +72,21 @@ def disable(model: nn.Module) -> None:
 def _generate(asked: dict[str, Any], policy: ExitPolicy, found: Enabled) -> Any:
     """Run the encoders, and transformers' ``generate`` from there."""
     model: Any = asked.pop("self")
-    _refuse(model, asked)
-    leaves = EarlyExit(policy, asked.pop("streamer", None), check_fingerprint=False)
+    leaves = EarlyExit(policy, asked.pop("streamer", None), check_fingerprint=False, whole=model)
+    backbone = leaves.engine(model).backbone
+    generator = backbone.generator
+    _refuse(generator, asked)
     if (first := asked.pop("inputs", None)) is not None:
         asked[model.main_input_name] = first
     if all(asked.get(name) is None for name in ("max_new_tokens", "max_length", "generation_config")):
         certified = longest_answer(policy, None)
         asked |= {} if certified is None else {"max_new_tokens": certified}
-    _stop_at_strings(model, asked)
+    _stop_at_strings(generator, asked)
     depths: dict[str, Tensor] = {}
     if asked.get("encoder_outputs") is None:
-        depths = _encode(asked, leaves, model)
-    result = GenerationMixin.generate(model, custom_generate=leaves, **asked)
+        memory_BSD, valid_BS, depths = _encode(asked, leaves, model)
+        asked = backbone.answer_call(asked, memory_BSD, valid_BS)
+    result = GenerationMixin.generate(generator, custom_generate=leaves, **asked)
     found.exit_depths = depths | ({} if leaves.exit_depths is None else {"decoder": leaves.exit_depths})
     return result
 
@@ -96,6 +98,7 @@ def _refuse(model: Any, asked: dict[str, Any]) -> None:
         ValueError: what was asked.
     """
     refused = [name for name in ("custom_generate", "assistant_model") if asked.pop(name, None) is not None]
+    refused += ["interpolate_pos_encoding"] if asked.pop("interpolate_pos_encoding", False) else []
     # Their processors read the encoder's ids, which have been read by then.
     for name, harmless in (("encoder_repetition_penalty", (None, 1.0)), ("encoder_no_repeat_ngram_size", (None, 0))):
         refused += [name] if _setting(model, asked, name) not in harmless else []
@@ -110,8 +113,10 @@ def _setting(model: Any, asked: dict[str, Any], name: str) -> Any:
 
 
 @torch.no_grad()
-def _encode(asked: dict[str, Any], leaves: EarlyExit, model: nn.Module) -> dict[str, Tensor]:
-    """Replace the encoders' inputs by what they give; return where they were left.
+def _encode(
+    asked: dict[str, Any], leaves: EarlyExit, model: nn.Module
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Take the encoders' inputs; return what the decoder reads, where it is no padding, and where they were left.
 
     Raises:
         ValueError: an input is missing.
@@ -123,10 +128,8 @@ def _encode(asked: dict[str, Any], leaves: EarlyExit, model: nn.Module) -> dict[
         encoded = encode(backbone, engine.exits, inputs, leaves.policy.rules, silent)
     except KeyError as error:
         raise ValueError(f"With exits enabled `generate` needs {error}; it was given {sorted(inputs)}.") from error
-    asked["encoder_outputs"] = Memory(last_hidden_state=encoded.memory_BSD)
-    if (mask := backbone.memory_mask(inputs)) is not None:
-        asked["attention_mask"] = (mask[:, 0, 0] == 0).long()
-    return encoded.depths
+    mask = backbone.memory_mask(inputs)
+    return encoded.memory_BSD, None if mask is None else (mask[:, 0, 0] == 0).long(), encoded.depths
 
 
 def _stop_at_strings(model: Any, asked: dict[str, Any]) -> None:

@@ -51,6 +51,25 @@ def test_every_layer_has_its_own_weights(name, tmp_path, monkeypatch):
     Graphs(folder=tmp_path).make(decoder.pieces(1).before, *examples("before", decoder.width, 0))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "kinds"), {"florence2": 2, "t5": 2, "blip_vqa": 2, "t5gemma2": 3}.items())
+def test_encoder_layers_of_a_kind_are_exported_once(name, kinds, tmp_path, monkeypatch):
+    """T5's first layer has a table of its own; those of T5Gemma 2 have two windows."""
+    backbone, known, made = view(zoo.make(name)), zoo.inputs(name, 2), []
+    exported = graphs._exported
+    monkeypatch.setattr(graphs, "_exported", lambda *given: made.append(given) or exported(*given))
+    found = Graphs(folder=tmp_path)
+    for stream in backbone.encoders:
+        state = stream.prologue(known, known)
+        for k in range(1, stream.num_layers + 1):
+            call = stream.call(k, state)
+            ours = run(found.make(call.module, *call.tensors, free=call.free), *call.tensors)
+            state.h_BTD = call()
+            np.testing.assert_allclose(ours[0], state.h_BTD, rtol=1e-4, atol=1e-4)
+        known[stream.name] = stream.epilogue(state)
+    assert len(made) == kinds
+
+
 class Twice(nn.Module):
     def __init__(self, factor=2.0):
         super().__init__()

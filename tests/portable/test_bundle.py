@@ -284,7 +284,7 @@ def test_a_head_for_all_logits_is_written_where_a_signal_needs_it(made, rule, tm
     monkeypatch.setattr(graph_bundle, "_check_answers", lambda *_: None)
     written = []
     monkeypatch.setattr("lightning_mue.export.graph_files._encoder_graphs", lambda *_: ())
-    monkeypatch.setattr("lightning_mue.export.graph_files._exported", lambda *_: (_ for _ in ()).throw(_Enough))
+    monkeypatch.setattr("lightning_mue.export.graph_files.function_graph", lambda *_: (_ for _ in ()).throw(_Enough))
     monkeypatch.setattr("lightning_mue.export.graph_files._Store.add", lambda _self, name, _graph: written.append(name))
     with pytest.raises(_Enough):
         mue.freeze(made.model, ExitPolicy({"decoder": rule}), tmp_path / "x", made.processor, runtime="onnxruntime")

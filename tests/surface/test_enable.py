@@ -13,9 +13,9 @@ from tests import reference, zoo
 from tests.invariants.policies import STEPS, mixed
 from tests.invariants.test_beams import answers
 
-OTHERS = ("blip", "blip_vqa", "blip2")
-"""Their `generate` is not that of all models."""
-BACKBONES = [name for name in zoo.BACKBONES if name not in OTHERS]
+BACKBONES = list(zoo.BACKBONES)
+WHOLE = [name for name in BACKBONES if not name.startswith("blip")]
+"""Their `generate` is that of all models; BLIP's own calls that of a part."""
 SIGNALS = ["gate", "similarity", "margin"]
 SETTINGS = [
     {},
@@ -44,8 +44,11 @@ def enabled():
         mue.disable(model)
 
 
-def every_other_left(tensors):
-    """The same prompts with their padding on the left in every second row."""
+def every_other_left(name):
+    """Prompts with their padding on the left in every second row; one alone of a BLIP, whose own reads padding."""
+    tensors = zoo.inputs(name, 4)
+    if name == "blip_vqa":
+        return zoo.alone(tensors, 2)
     if "attention_mask" not in tensors:
         return tensors
     moved = {name: tensors[name].clone() for name in ("input_ids", "attention_mask")}
@@ -59,12 +62,12 @@ def every_other_left(tensors):
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: " ".join(settings) or "greedy")
 def test_at_full_depth_it_is_the_models_own(name, settings, enabled):
-    model, tensors = zoo.shared(name), every_other_left(zoo.inputs(name, 4))
+    model, tensors = zoo.shared(name), every_other_left(name)
+    how = {"num_beams": 1, "do_sample": False, "max_new_tokens": STEPS} | settings
     torch.manual_seed(5)
-    expected = reference.generate(model, tensors, max_new_tokens=STEPS, **settings)
+    expected = model.generate(**reference.inputs(model, tensors), **how)
     enabled(model, ExitPolicy.full_depth())
     torch.manual_seed(5)
-    how = {"num_beams": 1, "do_sample": False, "max_new_tokens": STEPS} | settings
     assert model.generate(**tensors, **how).tolist() == expected.tolist()
 
 
@@ -161,7 +164,7 @@ def test_streamers_processors_and_criteria(enabled):
     assert len(found.scores) == found.sequences.shape[1] - 1
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", WHOLE)
 def test_custom_generate_leaves_the_encoder_alone(name):
     model, tensors = zoo.shared(name), zoo.inputs(name, 4)
     policy = ExitPolicy({"decoder": mixed(model, name, tensors).rules["decoder"]})
@@ -177,6 +180,17 @@ def test_custom_generate_leaves_the_encoder_alone(name):
     one = zoo.alone(tensors, 0)
     ids = model.generate(**one, max_new_tokens=STEPS, custom_generate=mue.early_exit(policy, streamer=kept))
     assert ids[0].tolist() == kept.tokens
+
+
+def test_a_prompt_as_blips_processor_gives_it(enabled):
+    """Its own `generate` takes the first token for a start and the last for an end."""
+    model, tensors = zoo.shared("blip"), zoo.inputs("blip", 2)
+    prompt = torch.tensor([[9, 7, 8, 11]]).repeat(2, 1)
+    how = {"attention_mask": torch.ones_like(prompt), "num_beams": 2, "max_new_tokens": STEPS}
+    expected = model.generate(tensors["pixel_values"], prompt.clone(), **how)
+    enabled(model, ExitPolicy.full_depth())
+    assert model.generate(tensors["pixel_values"], prompt, **how).tolist() == expected.tolist()
+    assert prompt[0].tolist() == [9, 7, 8, 11]
 
 
 def test_disabled_it_is_as_before():
@@ -239,9 +253,16 @@ def test_what_needs_the_engine_is_refused(change, said):
 
 def test_what_it_cannot_do_is_refused(enabled):
     model, tensors = zoo.shared("florence2"), zoo.inputs("florence2", 2)
-    for other in (torch.nn.Linear(2, 2), *map(zoo.shared, OTHERS)):
-        with pytest.raises(TypeError, match="has no `generate` of transformers' own"):
-            mue.enable(other, ExitPolicy())
+    other = zoo.make("florence2")
+    other.__class__ = type("Other", (type(other),), {"generate": lambda _: None})
+    with pytest.raises(TypeError, match="Other has no `generate` of transformers' own"):
+        mue.enable(other, ExitPolicy())
+    with pytest.raises(TypeError, match="Linear"):
+        mue.enable(torch.nn.Linear(2, 2), ExitPolicy())
+    blip = zoo.shared("blip")
+    enabled(blip, ExitPolicy.full_depth())
+    with pytest.raises(ValueError, match="interpolate_pos_encoding"):
+        blip.generate(**zoo.inputs("blip", 1), interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match="exits are attached at"):
         mue.enable(zoo.shared("florence2_prenorm"), ExitPolicy({"decoder": ExitRule.static(3)}))
     enabled(model, ExitPolicy({"decoder": ExitRule.static(1)}))
