@@ -138,9 +138,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 better = "lower" if promise.layers else "higher"
                 name = f"{promise.name}_b{batch}"
                 note(name, value, promise.targets[batch], better, promise.unit, command(args), where(args.threads))
-        if (off := farthest(found, predicted)) is not None:
+        for batch, of_batch in predicted.items():
             unit = "of a line's time: how far predictions are off at most"
-            note("cost_model_off_b1", off, PREDICTED, "lower", unit, command(args), where(args.threads))
+            off = farthest(found[batch], of_batch)
+            note(f"cost_model_off_b{batch}", off, PREDICTED, "lower", unit, command(args), where(args.threads))
     print(text)
 
 
@@ -178,14 +179,9 @@ def values(found: Mapping[int, Mapping[str, Measured]]) -> list[tuple[Promise, i
     return [(p, batch, p.value(of_batch)) for p in PROMISES for batch, of_batch in found.items() if batch in p.targets]
 
 
-def farthest(found: Mapping[int, Mapping[str, Measured]], predicted: Mapping[int, Mapping[str, float]]) -> float | None:
-    """Return by which share of it the cost model is off a line's time, at most; None where nothing was predicted."""
-    off = [
-        abs(ms / float(np.median(found[batch][name].ms)) - 1)
-        for batch, of_batch in predicted.items()
-        for name, ms in of_batch.items()
-    ]
-    return max(off, default=None)
+def farthest(found: Mapping[str, Measured], predicted: Mapping[str, float]) -> float:
+    """Return by which share of it the cost model is off a line's time, at most."""
+    return max(abs(ms / float(np.median(found[name].ms)) - 1) for name, ms in predicted.items())
 
 
 def report(
@@ -215,7 +211,7 @@ def report(
         "ideal: own full depth with the layers' time cut to the ragged depths' share of pairs, nothing caught up. "
         "limit: weights and the memory's K/V read, and multiplied with, as fast as this machine was seen to do either, "
         "the head in 8 bits; nothing else. Neither is decoded. K/V: held at the end of a decode, of the answer itself "
-        "and of the memory. predicted: by the cost model, from pieces measured one by one (batch 1). "
+        "and of the memory. predicted: by the cost model, from pieces measured one by one. "
         "assisted: the assistant is the model itself, cut after half of its layers, all weights "
         "shared; with random weights its drafts are hardly ever right.\n"
     )

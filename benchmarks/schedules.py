@@ -4,56 +4,33 @@
 
 Every token of every row leaves at a layer of its own, half of them in the mean (``decode.py``'s ragged depths, random
 weights). A call of a layer costs so much for its weights, so much for each row's memory, and so much for each further
-position of a row: the three are fitted to calls that are timed. Orders: ``just in time`` is the engine's; ``nothing
-caught up`` leaves out what later tokens need, so its answers are others; ``fullest first`` lets rows go on alone, and
-runs the layer for which most rows wait. Writes ``benchmarks/results/schedules_<shape>_<date>.md``.
+position of a row (``call_cost.py``). Orders: ``just in time`` is the engine's; ``nothing caught up`` leaves out what
+later tokens need, so its answers are others; ``fullest first`` lets rows go on alone, and runs the layer for which most
+rows wait. Writes ``benchmarks/results/schedules_<shape>_<date>.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from call_cost import POSITIONS, Calls, fitted
 from decode import read_shape, where
-from decode_case import START, Case
+from decode_case import Case
 from decode_lines import LINES, Parts, ort_executor
 from rich.progress import track
 from targets import today
 
 from lightning_mue.files import write_text
-from lightning_mue.inference.schedule import Executor
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = {"ORT fp32": "float32", "ORT int8": "int8"}
-POSITIONS = (1, 2, 4)
 
 Depths = Sequence[Sequence[int]]
-Calls = Iterator[tuple[int, int]]
-"""Calls of a layer: rows, and (row, position) pairs."""
-
-
-@dataclass(frozen=True)
-class CallCost:
-    """Milliseconds of a layer's call.
-
-    Args:
-        call: of any.
-        row: of each row.
-        more: of each position of a row beside its first.
-    """
-
-    call: float
-    row: float
-    more: float
-
-    def of(self, calls: Calls) -> float:
-        """Return the milliseconds of some calls."""
-        return sum(self.call + self.row * rows + self.more * (pairs - rows) for rows, pairs in calls)
 
 
 def full_depth(depths: Depths, layers: int) -> Calls:
@@ -137,27 +114,6 @@ def line(case: Case, name: str, repeats: int) -> str:
     measured = float(np.median(np.array(ms["ragged"]) / np.array(ms["full"])))
     cells = [f"{cost.call:.2f}", f"{cost.row:.3f}", f"{cost.more:.3f}", *(f"{share:.2f}" for share in reckoned)]
     return f"| {case.batch} | {name} | {' | '.join(cells)} | {measured:.2f} |\n"
-
-
-def fitted(case: Case, executor: Executor, repeats: int) -> CallCost:
-    """Time calls of all layers in turn, for some and for all rows, and fit the three costs."""
-    every = list(range(case.batch))
-    executor.embed(every, 0, [[START] * max(POSITIONS)] * case.batch)
-    sizes = sorted({1, (case.batch + 1) // 2, case.batch})
-    shapes = [(rows, positions) for rows in sizes for positions in POSITIONS]
-    ms: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
-    for turn in range(repeats + 1):
-        for rows, positions in shapes:
-            begin = case.clock()
-            for layer in range(1, case.shape.layers + 1):
-                executor.run_layer(layer, [(0, positions, every[:rows])])
-            if turn:  # the memory's K/V are projected in the first
-                ms[rows, positions].append((case.clock() - begin) * 1e3 / case.shape.layers)
-    terms = np.array([[1, rows, rows * (positions - 1)] for rows, positions in shapes], float)
-    if len(sizes) == 1:  # one row alone: its memory cannot be told from the weights
-        terms[:, 1] = 0
-    found = np.linalg.lstsq(terms, np.array([np.median(ms[shape]) for shape in shapes]), rcond=None)[0]
-    return CallCost(*(float(value) for value in found))
 
 
 def report(lines: Sequence[str], shape: str, repeats: int) -> str:

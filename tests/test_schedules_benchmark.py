@@ -2,8 +2,9 @@
 
 import pytest
 import schedules
+from call_cost import CallCost
 from decode_case import just_in_time_pairs, ragged_depths
-from schedules import ORDERS, CallCost, full_depth
+from schedules import ORDERS, full_depth
 
 LAYERS, STEPS = 6, 9
 

@@ -16,6 +16,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Graphs:
         if self.levels is None:
             return plain
         levels, rounded = self.levels, {"int8": quantise.by_tensor, "int8_rows": quantise.by_row}[self.precision]
-        key = hashlib.sha256(f"{levels} {inspect.getsource(quantise)}".encode() + plain)
+        key = hashlib.sha256(f"{levels} {_source(quantise)}".encode() + plain)
         with quiet():
             return self._kept(self.precision, key, lambda: rounded(plain, levels))
 
@@ -151,8 +152,15 @@ def _numbers(module: nn.Module) -> dict[str, float]:
 
 def _sources(module: nn.Module) -> list[str]:
     """Return the code of a module and of all that it is made of."""
-    kinds = {f"{type(part).__module__}.{type(part).__qualname__}": type(part) for part in module.modules()}
-    return [inspect.getsource(kind) for _, kind in sorted(kinds.items())]
+    kinds: dict[str, Any] = {
+        f"{type(part).__module__}.{type(part).__qualname__}": type(part) for part in module.modules()
+    }
+    return [_source(kind) for _, kind in sorted(kinds.items())]
+
+
+@cache
+def _source(of: Any) -> str:
+    return inspect.getsource(of)  # parses a whole file for each class
 
 
 def _cache_folder() -> Path:

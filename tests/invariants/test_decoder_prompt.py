@@ -1,6 +1,7 @@
 """Decoder prompts: invariants 2 to 5, 7 and 8 where each row is given tokens of its own before it answers."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -57,16 +58,17 @@ def reference_ids(model, tensors, row, **settings):
 def gate_policy(model, name, tensors, **fill):
     """Every stream is left at many layers."""
     layers = zoo.exit_layers(name)["decoder"]
-    trace = recorded(model, tensors)
+    trace = recorded(name)
     taken = np.arange(trace.streams["decoder"].agree.shape[1]) < trace.lengths[:, None]
     scores = trace.streams["decoder"].scores["gate"][taken]
     rule = ExitRule("gate", layers, (np.quantile(scores, 0.6, axis=0) - 1e-5).tolist())
     return ExitPolicy(encoder_rules(model, name, tensors) | {"decoder": rule}, **fill)
 
 
-def recorded(model, tensors):
+@cache
+def recorded(name):
     ids = [f"s{i}" for i in range(ROWS)]
-    return record(model, tensors, ids, ids, lambda s: {"accuracy": [0.5] * len(s)}, STEPS)
+    return record(zoo.shared(name), prompted(name), ids, ids, lambda s: {"accuracy": [0.5] * len(s)}, STEPS)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -203,7 +205,7 @@ def test_a_prompt_is_computed_under_every_fill(name, fill):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_simulator_says_what_the_engine_does(name):
     model, tensors = zoo.shared(name), prompted(name)
-    trace = recorded(model, tensors)
+    trace = recorded(name)
     assert trace.prompts.tolist() == list(LENGTHS)
     policy = ExitPolicy({"decoder": gate_policy(model, name, tensors).rules["decoder"]})
     found, full = simulate(trace, policy, LATENCY), generate(model, ExitPolicy.full_depth(), tensors)[0].sequences
@@ -237,8 +239,8 @@ def test_simulated_time_is_that_of_the_blocks_that_run(name, monkeypatch):
     model, tensors = zoo.shared(name), prompted(name)
     policy = ExitPolicy({"decoder": gate_policy(model, name, tensors).rules["decoder"]})
     cost = DecoderLatency((1, 4), (1.0, 2.0), 0.3, 0.0, {"gate": 0.0})
-    found = simulate(recorded(model, tensors), policy, replace(LATENCY, decoder=cost))
-    others = simulate(recorded(model, tensors), ExitPolicy.full_depth(), replace(LATENCY, decoder=NOTHING)).ms
+    found = simulate(recorded(name), policy, replace(LATENCY, decoder=cost))
+    others = simulate(recorded(name), ExitPolicy.full_depth(), replace(LATENCY, decoder=NOTHING)).ms
     blocks, run_layer = [], executor_class().run_layer
 
     def noting(self, layer, pending):
