@@ -52,6 +52,16 @@ def function_graph(
     return data
 
 
+def parts_read(model: nn.Module, run: Callable[[], object]) -> nn.ModuleList:
+    """Return the modules whose weights are read when ``run`` is called.
+
+    An export must find them among the parts of what it exports, and takes the longer the more it finds.
+    """
+    with _Read() as read:
+        run()
+    return nn.ModuleList(part for part in model.modules() if not read.found.isdisjoint(_own(part)))
+
+
 class _Read(TorchFunctionMode):
     """Notes which tensors are read."""
 
@@ -65,10 +75,7 @@ class _Read(TorchFunctionMode):
 
 
 class _Function(nn.Module):
-    """A function over a model's modules, as a module that holds those whose weights it reads.
-
-    An export must find them, and takes the longer the more it finds.
-    """
+    """A function over a model's modules, as a module that holds those whose weights it reads."""
 
     def __init__(
         self,
@@ -77,9 +84,7 @@ class _Function(nn.Module):
         given: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
-        with _Read() as read:
-            function({**given})
-        self.parts = nn.ModuleList(part for part in model.modules() if not read.found.isdisjoint(_own(part)))
+        self.parts = parts_read(model, lambda: function({**given}))
         self.function, self.names = function, [*given]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:

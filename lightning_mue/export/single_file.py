@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_mue.backbones import EncoderStream, view
 from lightning_mue.exits import attached
+from lightning_mue.export.function_graph import parts_read
 from lightning_mue.inference.check import check_policy
 from lightning_mue.inference.encode import stream_scores
 from lightning_mue.inference.graphs import OPSET, quiet
@@ -78,7 +80,7 @@ def export_graphs(
     given = {n: torch.cat([inputs[n][:1].cpu()] * 2) for n in backbone.generate_inputs if inputs.get(n) is not None}
     paths = []
     for stream in backbone.encoders:
-        whole = _Whole(model, stream, policy.rules.get(stream.name), fold, list(given))
+        whole = _Whole(model, stream, policy.rules.get(stream.name), fold, given)
         paths.append(_saved(_single_file(whole, given), Path(folder, f"{stream.name}.onnx")))
         given[stream.name] = whole(*given.values(), *whole.thresholds())[-1]
     return paths
@@ -92,20 +94,22 @@ class _Whole(nn.Module):
         stream: of the model's view.
         rule: of the stream; None is full depth.
         fold: whether its thresholds hold for good.
-        names: of the tensors given before the thresholds.
+        given: tensors that come before the thresholds, by name.
     """
 
     def __init__(
-        self, model: nn.Module, stream: EncoderStream, rule: ExitRule | None, fold: bool, names: Sequence[str]
+        self, model: nn.Module, stream: EncoderStream, rule: ExitRule | None, fold: bool, given: Mapping[str, Tensor]
     ) -> None:
         super().__init__()
-        self.model, self.stream, self.names, self.fold = model, stream, names, fold or rule is None
+        self.stream, self.names, self.fold = stream, [*given], fold or rule is None
+        self.attached = partial(attached, model)  # the model itself would be a part of this one
         rule = rule or ExitRule("static", (stream.num_layers,), (torch.inf,))
         self.signal = rule.signal
         self.at = rule.reachable if self.fold else dict(zip(rule.layers, rule.thresholds, strict=True))
         always = self.fold and self.signal == "static"
         self.depth = min(self.at, default=stream.num_layers) if always else stream.num_layers
         self.exits = [k for k in self.at if k < self.depth]
+        self.parts = parts_read(model, lambda: self(*given.values(), *self.thresholds()))
 
     def thresholds(self) -> list[Tensor]:
         """Return the thresholds ``[E]`` if they are free."""
@@ -113,7 +117,7 @@ class _Whole(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return whether the batch leaves, and the states with which it would, of each exit and the end; the result."""
-        given, exits, found = dict(zip(self.names, tensors, strict=False)), attached(self.model), list[Tensor]()
+        given, exits, found = dict(zip(self.names, tensors, strict=False)), self.attached(), list[Tensor]()
         state = self.stream.prologue(given, given)
         for k in range(1, self.depth + 1):
             before_BTD, state.h_BTD = state.h_BTD, self.stream.layer(k, state)
