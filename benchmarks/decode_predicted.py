@@ -6,7 +6,6 @@ and adds up what its calls would cost.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from call_cost import POSITIONS, CallCost, fitted
-from decode_case import START, Case
+from decode_case import START, Case, Clock
 from decode_lines import SCHEDULES, Line
 
 from lightning_mue.calibration.cost import predicted_ms
@@ -140,7 +139,7 @@ def _executor(case: Case, line: Line, positions: int) -> Any:
     return line.executor_of(case)(None, case.memory(line.precision), None, positions, (), silent)
 
 
-def _timed(piece: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> float:
+def _timed(piece: Callable[[], None], clock: Clock) -> float:
     """Return the median of a piece's milliseconds, after one that warms."""
     taken = []
     for _ in range(REPEATS + 1):

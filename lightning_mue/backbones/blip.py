@@ -162,7 +162,7 @@ class BlipView(GeneratingView):
         call, text = dict(asked), self.model.config.text_config
         ids_BT, valid_BT = call.pop("input_ids", None), call.pop("attention_mask", None)
         if ids_BT is not None:
-            ids_BT = ids_BT[:, :-1].clone()
+            ids_BT = torch.as_tensor(ids_BT, device=memory_BSD.device)[:, :-1].clone()
             ids_BT[:, 0] = text.bos_token_id
         elif (ids_BT := call.pop("decoder_input_ids", None)) is None:
             ids_BT = torch.full((len(memory_BSD), 1), text.bos_token_id, device=memory_BSD.device)

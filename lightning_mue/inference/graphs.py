@@ -73,8 +73,11 @@ class Graphs:
             return self._kept(self.precision, key, lambda: rounded(plain, levels))
 
     def _template(self, module: nn.Module, examples: Sequence[Tensor], free: tuple[tuple[int, ...], ...]) -> bytes:
-        described = re.sub(r"\b(p|drop_prob)=[\d.e-]+", "", repr(module))
-        made_of = [described, *_sources(module), *map(repr, sorted(_numbers(module).items()))]
+        made_of = [
+            re.sub(r"DropPath\(.*\)", "DropPath", repr(module)),
+            *_sources(module),
+            *map(repr, sorted(_numbers(module).items())),
+        ]
         made_of += [str(tuple(weight.shape)) for weight in module.state_dict().values()]
         for example, axes in zip(examples, free, strict=True):
             made_of.append(str([None if axis in axes else size for axis, size in enumerate(example.shape)]))
@@ -136,8 +139,9 @@ def _exported(module: nn.Module, examples: Sequence[Tensor], free: Sequence[Sequ
 
 
 _IDLE = ("layer_idx", "layer_num", "drop_prob")
-"""Numbers in which layers of a kind differ and of which no graph holds anything: whose place in a cache a layer's K/V
-have (layers are exported without caches), and how much training drops."""
+"""Numbers in which transformers' layers of a kind differ and of which no graph holds anything: whose place in a cache a
+layer's K/V have (layers are exported without caches), and how much training drops. A module of others may compute with
+what it calls so."""
 
 
 def _numbers(module: nn.Module) -> dict[str, float]:
@@ -146,7 +150,8 @@ def _numbers(module: nn.Module) -> dict[str, float]:
         f"{name}.{key}": value
         for name, part in module.named_modules()
         for key, value in vars(part).items()
-        if isinstance(value, (int, float)) and not key.startswith("_") and key not in _IDLE
+        if isinstance(value, (int, float)) and not key.startswith("_")
+        if key not in _IDLE or not type(part).__module__.startswith("transformers.")
     }
 
 

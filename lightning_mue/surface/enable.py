@@ -18,6 +18,16 @@ from lightning_mue.inference.stopwatch import Stopwatch
 from lightning_mue.policy import ExitPolicy
 from lightning_mue.surface.early_exit import EarlyExit, one_at_a_time
 
+_UNKNOWN = (
+    "custom_generate",
+    "assistant_model",
+    "inputs_embeds",
+    "decoder_inputs_embeds",
+    "encoder_hidden_states",
+    "decoder_prompt",
+)
+"""Arguments that would be passed over."""
+
 
 class Enabled:
     """What `enable` returns: where the latest ``generate`` left.
@@ -35,8 +45,8 @@ def enable(model: Any, policy: ExitPolicy, check_fingerprint: bool = True) -> En
     """Let ``model.generate`` obey a policy from now on, and so every pipeline around it; ``forward`` stays as it is.
 
     Greedy decoding, sampling, beams, ``num_return_sequences``, streamers, logits processors, stopping criteria and
-    padding are transformers' own. A certificate is of greedy decoding with the settings that it names. Calls from
-    several threads wait for each other.
+    padding are transformers' own (but BLIP's own reads a question's padding). A certificate is of greedy decoding with
+    the settings that it names. Calls from several threads wait for each other.
 
     Args:
         model: a supported model of transformers, with exits attached if the policy needs them; put into eval mode.
@@ -48,7 +58,7 @@ def enable(model: Any, policy: ExitPolicy, check_fingerprint: bool = True) -> En
         ValueError: the policy does not fit, or asks for what only an ExitEngine does.
     """
     model = unwrapped(model)
-    if getattr(type(view(model).generator), "generate", None) is not GenerationMixin.generate:
+    if not _is_transformers(model, view(model).generator):
         raise TypeError(f"{type(model).__name__} has no `generate` of transformers' own; use an ExitEngine.")
     found = Enabled()
     EarlyExit(policy, check_fingerprint=check_fingerprint).engine(model)  # what does not fit is refused now
@@ -62,6 +72,13 @@ def enable(model: Any, policy: ExitPolicy, check_fingerprint: bool = True) -> En
 
     model.generate = MethodType(generate, model)  # a copy of the model has one of its own
     return found
+
+
+def _is_transformers(model: Any, generator: Any) -> bool:
+    """Whether nobody else wrote the ``generate`` of a model, or of the part to which it hands over."""
+    if getattr(type(generator), "generate", None) is not GenerationMixin.generate:
+        return False
+    return generator is model or type(model).generate.__module__.startswith("transformers.")
 
 
 def disable(model: nn.Module) -> None:
@@ -97,7 +114,7 @@ def _refuse(model: Any, asked: dict[str, Any]) -> None:
     Raises:
         ValueError: what was asked.
     """
-    refused = [name for name in ("custom_generate", "assistant_model") if asked.pop(name, None) is not None]
+    refused = [name for name in _UNKNOWN if asked.pop(name, None) is not None]
     refused += ["interpolate_pos_encoding"] if asked.pop("interpolate_pos_encoding", False) else []
     # Their processors read the encoder's ids, which have been read by then.
     for name, harmless in (("encoder_repetition_penalty", (None, 1.0)), ("encoder_no_repeat_ngram_size", (None, 0))):

@@ -93,6 +93,25 @@ def test_weights_that_are_equal_are_not_one(tmp_path):
         np.testing.assert_allclose(run(template.make(each, x_ND), x_ND)[0], each(x_ND), rtol=1e-5, atol=1e-6)
 
 
+class OfItsPlace(nn.Linear):
+    """Computes with what in transformers' layers is a place in a cache."""
+
+    def __init__(self, layer_idx):
+        super().__init__(6, 6)
+        self.layer_idx = layer_idx
+
+    def forward(self, x_ND):
+        return super().forward(x_ND) / (self.layer_idx + 1)
+
+
+@torch.no_grad()
+def test_another_place_is_another_template_where_it_may_matter(tmp_path):
+    x_ND = torch.randn(4, 6)
+    for module in map(OfItsPlace, range(3)):
+        graph = Graphs(folder=tmp_path).make(module, x_ND)
+        np.testing.assert_allclose(run(graph, x_ND)[0], module(x_ND), rtol=1e-5, atol=1e-6)
+
+
 def test_a_weight_without_a_place_is_refused(tmp_path):
     graph, bigger = Graphs(folder=tmp_path).make(Twice(), torch.randn(4, 6)), Twice()
     bigger.third = nn.Linear(6, 6)

@@ -191,6 +191,7 @@ def test_a_prompt_as_blips_processor_gives_it(enabled):
     enabled(model, ExitPolicy.full_depth())
     assert model.generate(tensors["pixel_values"], prompt, **how).tolist() == expected.tolist()
     assert prompt[0].tolist() == [9, 7, 8, 11]
+    assert model.generate(tensors["pixel_values"], prompt.tolist(), **how).tolist() == expected.tolist()
 
 
 def test_disabled_it_is_as_before():
@@ -257,6 +258,10 @@ def test_what_it_cannot_do_is_refused(enabled):
     other.__class__ = type("Other", (type(other),), {"generate": lambda _: None})
     with pytest.raises(TypeError, match="Other has no `generate` of transformers' own"):
         mue.enable(other, ExitPolicy())
+    own = zoo.make("blip")
+    own.__class__ = type("Own", (type(own),), {"generate": lambda _, images: images})
+    with pytest.raises(TypeError, match="Own has no `generate` of transformers' own"):
+        mue.enable(own, ExitPolicy())
     with pytest.raises(TypeError, match="Linear"):
         mue.enable(torch.nn.Linear(2, 2), ExitPolicy())
     blip = zoo.shared("blip")
@@ -270,6 +275,8 @@ def test_what_it_cannot_do_is_refused(enabled):
         ({"assistant_model": model}, "assistant_model"),
         ({"encoder_repetition_penalty": 2.0}, "encoder_repetition_penalty"),
         ({"guidance_scale": 2.0}, "guidance_scale"),
+        ({"inputs_embeds": torch.zeros(2, 4, 32)}, "inputs_embeds"),
+        ({"decoder_prompt": torch.zeros(2, 1)}, "decoder_prompt"),
         ({"num_beams": 2, "streamer": Kept()}, "beams choose at the end"),
         ({"pixel_values": None}, "needs 'pixel_values'"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "no attentions"),

@@ -43,7 +43,7 @@ def test_training_teaches_the_answer_after_the_prompt(name):
 def test_gates_learn_along_the_models_own_answer(name):
     """On its own path every exit's state, and so every gate's logit, is the engine's."""
     model, tensors = zoo.make(name), prompted(name)
-    found, trace = own_path(view(model), attached(model), tensors), recorded(model, tensors)
+    found, trace = own_path(view(model), attached(model), tensors), recorded(name)
     logits = decoder_gate_logits(view(model), attached(model), found)
     taken = np.arange(trace.streams["decoder"].agree.shape[1]) < trace.lengths[:, None]
     for e, k in enumerate(zoo.exit_layers(name)["decoder"]):
