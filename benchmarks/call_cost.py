@@ -1,9 +1,10 @@
-"""What a call of a decoder layer costs in a batch: so much for its weights, so much for each row and each position."""
+"""What a call of a decoder layer costs in a batch, from calls that are timed where a decode makes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 from decode_case import START, Case
@@ -18,50 +19,60 @@ Calls = Iterable[tuple[int, int]]
 
 @dataclass(frozen=True)
 class CallCost:
-    """Milliseconds of a layer's call.
+    """Milliseconds of a layer's call, between those that were timed and on from the last.
 
     Args:
-        call: of any.
-        row: of each row.
-        more: of each position of a row beside its first.
-        apart: of each row beside that, where rows that lie between are left out.
+        rows: that took part in calls, ascending.
+        ms: of these rows -> of ``POSITIONS`` positions of each.
     """
 
-    call: float
-    row: float
-    more: float
-    apart: float = 0.0
+    rows: tuple[int, ...]
+    ms: tuple[tuple[float, ...], ...]
 
     def of(self, calls: Calls) -> float:
-        """Return the milliseconds of some calls, of rows side by side."""
-        return sum(self.call + self.row * rows + self.more * (pairs - rows) for rows, pairs in calls)
+        """Return the milliseconds of some calls."""
+        return sum(self._of(rows, pairs / rows) for rows, pairs in calls)
 
-    def of_block(self, rows: Sequence[int], pairs: int) -> float:
-        """Return the milliseconds of a call of these rows."""
-        return self.of([(len(rows), pairs)]) + self.apart * len(rows) * are_apart(rows)
-
-
-def are_apart(rows: Sequence[int]) -> bool:
-    """Whether rows that lie between these are left out."""
-    return len(rows) <= max(rows) - min(rows)
+    def _of(self, rows: int, positions: float) -> float:
+        at = [float(np.interp(rows, self.rows, ms)) for ms in zip(*self.ms, strict=True)]
+        beyond = max(0.0, positions - POSITIONS[-1]) / (POSITIONS[-1] - POSITIONS[-2])
+        return float(np.interp(positions, POSITIONS, at)) + beyond * (at[-1] - at[-2])
 
 
-def fitted(case: Case, executor: Executor, repeats: int) -> CallCost:
-    """Time calls of all layers in turn, for some and for all rows, and fit the costs."""
-    every = list(range(case.batch))
+@dataclass(frozen=True)
+class StepCost:
+    """Milliseconds of a step's pieces.
+
+    Args:
+        layer: of a layer's call.
+        rest: of embeddings and head, all rows together.
+    """
+
+    layer: CallCost
+    rest: float
+
+
+def timed_steps(case: Case, executor: Executor, repeats: int) -> StepCost:
+    """Time steps, each with all layers in turn: for one row, half of them, all but one, and all."""
+    every, layers = list(range(case.batch)), case.shape.layers
     executor.embed(every, 0, [[START] * max(POSITIONS)] * case.batch)
-    groups = [list(group) for group in sorted({(0,), tuple(every[::2]), tuple(every)})]
-    shapes = [(group, positions) for group in groups for positions in POSITIONS]
-    ms: list[list[float]] = [[] for _ in shapes]
+    for layer in range(1, layers + 1):  # all states are there, and the memory's K/V
+        executor.run_layer(layer, [(0, max(POSITIONS), every)])
+    groups = {len(group): group for group in (every[:1], every[::2], [every[0], *every[2:]], every)}
+    shapes = [(rows, positions) for rows in sorted(groups) for positions in POSITIONS]
+    calls: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+    rest: list[float] = []
     for turn in range(repeats + 1):
-        for (rows, positions), found in zip(shapes, ms, strict=True):
+        for rows, positions in shapes:
             begin = case.clock()
-            for layer in range(1, case.shape.layers + 1):
-                executor.run_layer(layer, [(0, positions, rows)])
-            if turn:  # the memory's K/V are projected in the first
-                found.append((case.clock() - begin) * 1e3 / case.shape.layers)
-    terms = [[1, len(r), len(r) * (n - 1), len(r) * are_apart(r)] for r, n in shapes]
-    if case.batch == 1:  # its memory cannot be told from the weights
-        terms = [[call, 0, more, apart] for call, _, more, apart in terms]
-    costs = np.linalg.lstsq(np.array(terms, float), np.array([np.median(found) for found in ms]), rcond=None)[0]
-    return CallCost(*map(float, costs))
+            executor.embed(every, 0, [[START]] * case.batch)
+            embedded = case.clock()
+            for layer in range(1, layers + 1):
+                executor.run_layer(layer, [(0, positions, groups[rows])])
+            climbed = case.clock()
+            executor.choose({layers: [(row, 0) for row in every]})
+            if turn:  # the first warms
+                calls[rows, positions].append((climbed - embedded) * 1e3 / layers)
+                rest.append((case.clock() - climbed + embedded - begin) * 1e3)
+    ms = tuple(tuple(median(calls[rows, positions]) for positions in POSITIONS) for rows in sorted(groups))
+    return StepCost(CallCost(tuple(sorted(groups)), ms), median(rest))

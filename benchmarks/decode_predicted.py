@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from call_cost import POSITIONS, CallCost, fitted
-from decode_case import START, Case, Clock
+from call_cost import POSITIONS, StepCost, timed_steps
+from decode_case import START, Case
 from decode_lines import SCHEDULES, Line
 
 from lightning_mue.calibration.cost import predicted_ms
@@ -32,15 +32,13 @@ class Prices:
     """Milliseconds of a decode's pieces in a batch.
 
     Args:
-        layer: of a layer's call.
+        step: of a step.
         together: whether a call takes all blocks of positions, whatever they are; else each is one of its own.
-        step: of embeddings and head, all rows together.
         memory: of the projection of one row's memory, a layer.
     """
 
-    layer: CallCost
+    step: StepCost
     together: bool
-    step: float
     memory: float
 
 
@@ -61,18 +59,17 @@ class Priced:
 
     def embed(self, rows: Sequence[int], first: int, tokens: Sequence[Sequence[int]]) -> None:
         """A step begins, of all rows: none ends before the others."""
-        self.ms += self._prices.step
+        self.ms += self._prices.step.rest
 
     def run_layer(self, layer: int, pending: Sequence[Block]) -> None:
         """Pay for the call, or for that of each block, and for the memory of rows that are new here."""
-        blocks = [([*rows], (last - first) * len(rows)) for first, last, rows in pending]
+        blocks = [(len(rows), (last - first) * len(rows)) for first, last, rows in pending]
         if self._prices.together:
-            blocks = [([row for rows, _ in blocks for row in rows], sum(pairs for _, pairs in blocks))]
-        for rows, pairs in blocks:
-            self.ms += self._prices.layer.of_block(rows, pairs)
-            new = {(layer, row) for row in rows} - self._projected
-            self.ms += self._prices.memory * len(new)
-            self._projected |= new
+            blocks = [(sum(rows for rows, _ in blocks), sum(pairs for _, pairs in blocks))]
+        self.ms += self._prices.step.layer.of(blocks)
+        new = {(layer, row) for _, _, rows in pending for row in rows} - self._projected
+        self.ms += self._prices.memory * len(new)
+        self._projected |= new
 
     def fill(self, mode: str, layer: int, rows: Sequence[int], first: int, last: int) -> None:
         """Nothing is made up just in time."""
@@ -109,23 +106,13 @@ def alone(case: Case, line: Line) -> Callable[[Depths], float]:
 
 def together(case: Case, line: Line) -> Callable[[Depths], float]:
     """Return what predicts a decode of a batch."""
-    layers, rows = case.shape.layers, list(range(case.batch))
     executor = _executor(case, line, max(POSITIONS))
-    cost = fitted(case, executor, REPEATS)
-
-    def step() -> None:
-        executor.embed(rows, 0, [[START]] * case.batch)
-        executor.choose({layers: [(row, 0) for row in rows]})
-
-    def memory() -> None:
-        for layer in range(1, layers + 1):
-            executor.project_memory(layer, rows)
-
-    pieces = _timed(step, case.clock), _timed(memory, case.clock) / layers / case.batch
-    prices = Prices(cost, not isinstance(executor, TorchExecutor), *pieces)
+    prices = Prices(
+        timed_steps(case, executor, REPEATS), not isinstance(executor, TorchExecutor), _memory_ms(case, line)
+    )
 
     def predict(depths: Depths) -> float:
-        priced = Priced(layers, prices)
+        priced = Priced(case.shape.layers, prices)
         exits = DecoderExits("static", lambda _step: {}, forced=depths)
         decode(priced, exits, [[START]] * case.batch, (), case.shape.steps)
         return priced.ms
@@ -139,11 +126,13 @@ def _executor(case: Case, line: Line, positions: int) -> Any:
     return line.executor_of(case)(None, case.memory(line.precision), None, positions, (), silent)
 
 
-def _timed(piece: Callable[[], None], clock: Clock) -> float:
-    """Return the median of a piece's milliseconds, after one that warms."""
+def _memory_ms(case: Case, line: Line) -> float:
+    """Return what the projection of a row's memory takes a layer; it is written where nothing was, as in a decode."""
     taken = []
     for _ in range(REPEATS + 1):
-        begin = clock()
-        piece()
-        taken.append((clock() - begin) * 1e3)
-    return median(taken[1:])
+        executor = _executor(case, line, 1)
+        begin = case.clock()
+        for layer in range(1, case.shape.layers + 1):
+            executor.project_memory(layer, range(case.batch))
+        taken.append((case.clock() - begin) * 1e3)
+    return median(taken[1:]) / case.shape.layers / case.batch

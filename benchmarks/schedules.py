@@ -3,10 +3,9 @@
     python benchmarks/schedules.py
 
 Every token of every row leaves at a layer of its own, half of them in the mean (``decode.py``'s ragged depths, random
-weights). A call of a layer costs so much for its weights, so much for each row's memory, and so much for each further
-position of a row (``call_cost.py``). Orders: ``just in time`` is the engine's; ``nothing caught up`` leaves out what
-later tokens need, so its answers are others; ``fullest first`` lets rows go on alone, and runs the layer for which most
-rows wait. Writes ``benchmarks/results/schedules_<shape>_<date>.md``.
+weights). What a call of a layer costs is timed (``call_cost.py``). Orders: ``just in time`` is the engine's; ``nothing
+caught up`` leaves out what later tokens need, so its answers are others; ``fullest first`` lets rows go on alone, and
+runs the layer for which most rows wait. Writes ``benchmarks/results/schedules_<shape>_<date>.md``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from call_cost import POSITIONS, Calls, fitted
+from call_cost import POSITIONS, Calls, timed_steps
 from decode import read_shape, where
 from decode_case import Case
 from decode_lines import LINES, Parts, ort_executor
@@ -100,7 +99,7 @@ def line(case: Case, name: str, repeats: int) -> str:
     """Return one line of the table: a batch size in a precision."""
     make = ort_executor(PRECISIONS[name], True, case)
     silent = Parts(case.clock)
-    cost = fitted(case, make(None, case.memory("fp32"), None, max(POSITIONS), (), silent), repeats)
+    cost = timed_steps(case, make(None, case.memory("fp32"), None, max(POSITIONS), (), silent), repeats).layer
     depths, layers = case.depths["ragged"], case.shape.layers
     full = cost.of(full_depth(depths, layers))
     reckoned = [cost.of(order(depths, layers)) / full for order in ORDERS.values()]
@@ -112,7 +111,9 @@ def line(case: Case, name: str, repeats: int) -> str:
             if turn:  # the first warms
                 ms[schedule].append(taken)
     measured = float(np.median(np.array(ms["ragged"]) / np.array(ms["full"])))
-    cells = [f"{cost.call:.2f}", f"{cost.row:.3f}", f"{cost.more:.3f}", *(f"{share:.2f}" for share in reckoned)]
+    half, rows = (case.batch + 1) // 2, case.batch
+    costs = [cost.of([call]) for call in ((1, 1), (half, half), (rows, rows), (rows, 4 * rows))]
+    cells = [f"{number:.2f}" for number in (*costs, *reckoned)]
     return f"| {case.batch} | {name} | {' | '.join(cells)} | {measured:.2f} |\n"
 
 
@@ -121,10 +122,10 @@ def report(lines: Sequence[str], shape: str, repeats: int) -> str:
     return (
         f"# Orders of work in a batch\n\n{where(1)}; {today()}. Shape `{shape}`; every token of every row leaves at a "
         f"layer of its own, half of them in the mean; CPU time of the layers as a share of full depth's. Costs of a "
-        f"call: medians of {repeats}, fitted. The orders are reckoned from them; 'measured' is the engine's decode, "
+        f"call: medians of {repeats}. The orders are reckoned from them; 'measured' is the engine's decode, "
         f"{repeats} rounds, both depths in turn.\n\n"
-        f"| batch | line | ms a call | ms a row | ms a further position | {' | '.join(ORDERS)} | measured |\n"
-        f"| ---: | --- | ---: | ---: | ---: |{' ---: |' * len(ORDERS)} ---: |\n{''.join(lines)}\n"
+        f"| batch | line | ms of one row | half of the rows | all | all, 4 positions each | {' | '.join(ORDERS)} | "
+        f"measured |\n| ---: | --- |{' ---: |' * (5 + len(ORDERS))}\n{''.join(lines)}\n"
         "just in time: what the engine does. nothing caught up: later tokens miss K/V, and the answers are others. "
         "fullest first: rows do not wait for each other, and the layer runs for which most of them wait.\n"
     )

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from call_cost import CallCost
+from call_cost import CallCost, StepCost
 from decode import read_shape
 from decode_case import START, Case, just_in_time_pairs, ragged_depths
 from decode_lines import LINES, SCHEDULES
@@ -12,7 +12,9 @@ from decode_predicted import Priced, Prices, predictions
 from lightning_mue.inference.schedule import DecoderExits, decode
 
 LAYERS, STEPS, ROWS = 6, 9, 4
-FREE = CallCost(0, 0, 0)
+FREE = CallCost((1, ROWS), ((0, 0, 0), (0, 0, 0)))
+A_CALL = CallCost((1, ROWS), ((1, 1, 1), (1, 1, 1)))
+A_PAIR = CallCost((1, ROWS), ((1, 2, 4), (ROWS, 2 * ROWS, 4 * ROWS)))
 DEPTHS = ragged_depths(ROWS, STEPS, LAYERS, 3, seed=1)
 
 
@@ -25,25 +27,18 @@ def cost(depths, prices):
 
 def test_each_pair_is_paid_for_once():
     for together in (True, False):
-        assert cost(DEPTHS, Prices(CallCost(0, 1, 1), together, 0, 0)) == just_in_time_pairs(DEPTHS)
+        assert cost(DEPTHS, Prices(StepCost(A_PAIR, 0), together, 0)) == pytest.approx(just_in_time_pairs(DEPTHS))
 
 
 def test_a_layer_is_called_while_a_row_is_there():
     deepest = [max(of_step) for of_step in zip(*DEPTHS, strict=True)]
-    assert cost(DEPTHS, Prices(CallCost(1, 0, 0), True, 0, 0)) == sum(deepest)
-    assert cost(DEPTHS, Prices(CallCost(1, 0, 0), False, 0, 0)) > sum(deepest)  # rows that miss other positions
+    assert cost(DEPTHS, Prices(StepCost(A_CALL, 0), True, 0)) == sum(deepest)
+    assert cost(DEPTHS, Prices(StepCost(A_CALL, 0), False, 0)) > sum(deepest)  # rows that miss other positions
 
 
 def test_memory_is_projected_where_a_row_comes_first_and_each_step_has_a_head():
-    assert cost(DEPTHS, Prices(FREE, True, 0, 1)) == sum(map(max, DEPTHS))
-    assert cost(DEPTHS, Prices(FREE, True, 1, 0)) == STEPS
-
-
-def test_rows_between_which_others_are_left_out_cost_more():
-    depths = [[2] * STEPS, [1] * STEPS, [2] * STEPS, [1] * STEPS]
-    assert cost(depths, Prices(CallCost(0, 0, 0, apart=1), True, 0, 0)) == 2 * STEPS  # rows 0 and 2, in layer 2
-    depths = [[2] * STEPS, [2] * STEPS, [1] * STEPS, [1] * STEPS]
-    assert cost(depths, Prices(CallCost(0, 0, 0, apart=1), True, 0, 0)) == 0
+    assert cost(DEPTHS, Prices(StepCost(FREE, 0), True, 1)) == sum(map(max, DEPTHS))
+    assert cost(DEPTHS, Prices(StepCost(FREE, 1), True, 0)) == STEPS
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -30,8 +30,11 @@ def test_rows_that_go_alone_meet_where_most_wait():
     assert list(ORDERS["just in time"]([[1, 2], [2, 2]], 2)) == [(2, 2), (1, 1), (2, 2), (2, 3)]
 
 
-def test_a_call_costs_its_weights_its_rows_and_what_they_catch_up():
-    assert CallCost(10, 2, 0.5).of(iter([(3, 3), (1, 4)])) == pytest.approx(2 * 10 + 4 * 2 + 3 * 0.5)
+def test_a_call_costs_what_was_timed_and_between_them_what_lies_between():
+    cost = CallCost((1, 4), ((10, 12, 20), (40, 42, 50)))
+    assert [cost.of([call]) for call in ((1, 1), (4, 4), (4, 8), (4, 16))] == [10, 40, 42, 50]
+    assert cost.of([(2, 2), (4, 12)]) == pytest.approx(20 + 46)
+    assert cost.of([(1, 6), (4, 32)]) == pytest.approx(28 + 66)  # beyond: as from 2 to 4 positions
 
 
 def test_the_page_has_a_line_of_each_batch_and_precision(tmp_path, monkeypatch):
