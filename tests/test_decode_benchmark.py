@@ -334,6 +334,7 @@ def test_the_promised_run_notes_the_figures_whose_lines_are_there(promised, fold
             "decode_int8_exits_vs_generate_b8": (6.0, "higher"),
             "decode_int8_exits_vs_generate_int8_b8": (1.8, "higher"),
             "decode_int8_exits_layers_b8": (0.6, "lower"),
+            "cost_model_off_b8": (0.1, "lower"),
         }
         assert all(entry["value"] > 0 for entry in found.values())
 
