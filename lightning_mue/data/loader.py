@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mue.data.augment import Augmentation, augment, other_digits
@@ -174,13 +175,19 @@ class EncodedBatches(Dataset[Batch]):
         return sample, label
 
 
+_FORKS_MAY_HANG = sys.version_info < (3, 12)
+"""Gloo's threads take a lock of Python's without holding the GIL, and a process that is forked meanwhile waits for it
+forever (``_PyEval_ReInitThreads`` runs before locks are made anew; since 3.12 after)."""
+
+
 class BatchLoader:
     """Iterates over a plan of batches; Lightning saves and restores where it stands.
 
     Args:
         dataset: makes batches of indices.
         plan: epoch -> this rank's batches; equally many in every epoch and on every rank.
-        num_workers: processes that make batches; 0 makes them here.
+        num_workers: processes that make batches; 0 makes them here, and so does, before Python 3.12, a run on several
+            processes that talk by gloo.
         name: what the plan depends on, as one text; a state of another plan is refused in mid-epoch.
     """
 
@@ -208,7 +215,7 @@ class BatchLoader:
             yield batch
 
     def _made(self, items: list[tuple[int, list[int]]]) -> Iterator[Batch]:
-        if self.num_workers == 0:
+        if self.num_workers == 0 or (_FORKS_MAY_HANG and _talks_by_gloo()):
             return (self.dataset[item] for item in items)
         # batch_size=None: an item names a whole batch already.
         return iter(
@@ -247,6 +254,10 @@ class BatchLoader:
 class _EpochSetter:
     def __init__(self, loader: BatchLoader) -> None:
         self.sampler = loader
+
+
+def _talks_by_gloo() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo"
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,7 +1,10 @@
 import math
+import multiprocessing
 
 import pytest
+from torch import distributed
 
+from lightning_mue.data import loader as loader_module
 from lightning_mue.data.loader import BatchLoader, EncodedBatches, eval_batches, train_batches
 from lightning_mue.data.shards import BadSamples
 from lightning_mue.data.store import read_samples
@@ -111,6 +114,20 @@ def test_worker_processes_change_nothing(store):
         assert mine["sample_id"] == theirs["sample_id"]
         assert mine["labels"].equal(theirs["labels"])
         assert mine["pixel_values"].equal(theirs["pixel_values"])
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_beside_gloos_threads_nothing_is_forked_where_that_may_hang(store, hangs, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_module, "_FORKS_MAY_HANG", hangs)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        batches = iter(loader_of(store, workers=1))
+        found = [next(batches)["sample_id"]]
+        assert len(multiprocessing.active_children()) == (0 if hangs else 1)
+        found += [batch["sample_id"] for batch in batches]
+    finally:
+        distributed.destroy_process_group()
+    assert found == [batch["sample_id"] for batch in loader_of(store)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
