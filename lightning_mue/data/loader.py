@@ -177,7 +177,7 @@ class EncodedBatches(Dataset[Batch]):
 
 _FORKS_MAY_HANG = sys.version_info < (3, 12)
 """Gloo's threads take a lock of Python's without holding the GIL, and a process that is forked meanwhile waits for it
-forever (``_PyEval_ReInitThreads`` runs before locks are made anew; since 3.12 after)."""
+forever (CPython's issue 112275; not in 3.12, nor in the last versions of 3.11)."""
 
 
 class BatchLoader:
