@@ -21,6 +21,9 @@ START, PAD = 2, 1
 
 Clock = Callable[[], float]
 
+Depths = Sequence[Sequence[int]]
+"""Row -> exit depth of each token."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -138,6 +141,6 @@ def ragged_depths(rows: int, steps: int, layers: int, mean: int, seed: int) -> l
     return depths.reshape(rows, steps).tolist()
 
 
-def just_in_time_pairs(depths: Sequence[Sequence[int]]) -> int:
+def just_in_time_pairs(depths: Depths) -> int:
     """Return the (position, layer) pairs that these depths need: each position goes as deep as any later token."""
     return int(np.maximum.accumulate(np.array(depths)[:, ::-1], axis=1).sum())

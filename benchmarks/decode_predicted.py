@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from call_cost import POSITIONS, StepCost, timed_steps
-from decode_case import START, Case
+from decode_case import START, Case, Depths
 from decode_lines import SCHEDULES, Line
 
 from lightning_mue.calibration.cost import predicted_ms
@@ -92,9 +92,6 @@ def predictions(case: Case, lines: Mapping[str, Line]) -> dict[str, float]:
             predict = alone(case, line) if case.batch == 1 else together(case, line)
             found |= {name.replace("full", schedule): predict(case.depths[schedule]) for schedule in SCHEDULES}
     return found
-
-
-Depths = Sequence[Sequence[int]]
 
 
 def alone(case: Case, line: Line) -> Callable[[Depths], float]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from call_cost import POSITIONS, Calls, timed_steps
 from decode import read_shape, where
-from decode_case import Case
+from decode_case import Case, Depths
 from decode_lines import LINES, Parts, ort_executor
 from rich.progress import track
 from targets import today
@@ -28,8 +28,6 @@ from lightning_mue.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = {"ORT fp32": "float32", "ORT int8": "int8"}
-
-Depths = Sequence[Sequence[int]]
 
 
 def full_depth(depths: Depths, layers: int) -> Calls:

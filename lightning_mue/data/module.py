@@ -54,7 +54,7 @@ class ShardsDataModule(LightningDataModule):
         questions_per_picture: most samples of a picture and task, chosen by hash; None takes all.
         also: other tasks to train on beside ``task``, of the same pictures; nothing else is done with them.
         memory_limit_mb: pictures of a split stay decoded in memory until they fill this (10^6 bytes).
-        num_workers: processes that make batches; 0 makes them in the training process.
+        num_workers: processes that make batches; 0 makes them in the training process (so may gloo, see BatchLoader).
         seed: decides the order of training and the splits.
         on_bad: "raise" refuses broken shards and samples, "skip" leaves them out and counts them.
     """
