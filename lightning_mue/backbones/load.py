@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     BlipForQuestionAnswering,
     GenerationConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     T5Gemma2ForConditionalGeneration,
     UdopForConditionalGeneration,
     VisionEncoderDecoderModel,
@@ -93,6 +95,17 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
             if is_position and (name in learned or name.endswith(("_embedding", "_embeddings"))):
                 nn.init.normal_(parameter, std=position_std)
     return model
+
+
+@contextmanager
+def exits_expected() -> Iterator[None]:
+    """Let transformers load folders with exits, which models do not have yet, without a report of unknown weights."""
+    before = PreTrainedModel._keys_to_ignore_on_load_unexpected
+    PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or ()), rf"^{EXITS}\."]
+    try:
+        yield
+    finally:
+        PreTrainedModel._keys_to_ignore_on_load_unexpected = before
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

@@ -6,7 +6,7 @@ import os
 
 from torch import nn
 
-from lightning_mue.backbones import EXITS, build_backbone, read_weights
+from lightning_mue.backbones import EXITS, build_backbone, exits_expected, read_weights
 from lightning_mue.exits.exits_file import SCHEMA, unpack_exits
 
 
@@ -22,7 +22,8 @@ def from_pretrained(source: str | os.PathLike[str]) -> nn.Module:
         ValueError: it holds no exits, or others than its config names.
     """
     source = str(source)
-    model = build_backbone(source)
+    with exits_expected():
+        model = build_backbone(source)
     config, weights = getattr(model.config, EXITS, None), read_weights(source, f"{EXITS}.")
     if config is None or not weights:
         raise ValueError(

@@ -1,5 +1,7 @@
 """`save_pretrained` of a model with exits, and what reads it."""
 
+import logging
+
 import pytest
 import torch
 
@@ -23,6 +25,16 @@ def test_exits_come_back(name, size, tmp_path):
     policy = mixed(model, name, tensors)
     expected, found = (mue.ExitEngine(m, policy).generate(STEPS, **tensors) for m in (model, again))
     assert found.sequences.tolist() == expected.sequences.tolist()
+
+
+@pytest.mark.parametrize("name", list(zoo.BACKBONES))
+def test_transformers_reports_no_unknown_weights(name, tmp_path, caplog, monkeypatch):
+    zoo.make(name).save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    mue.from_pretrained(tmp_path)
+    assert "mue_exits" not in caplog.text
+    build_backbone(str(tmp_path))  # which leaves them out
+    assert "mue_exits" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["florence2", "coca"])
