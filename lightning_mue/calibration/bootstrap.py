@@ -32,8 +32,13 @@ def paired_scores(
         clusters: ``[n]`` names of what was drawn independently.
         seed: of the draws.
     """
-    ours, theirs = (_scores(metric, of, clusters, seed) for of in (values, full_values))
-    return ours, theirs
+    if metric in CORPUS:
+        sums = [cluster_sums(of, clusters) for of in (values, full_values)]
+        ours_KR, theirs_KR = np.split(_drawn(np.hstack(sums), seed), 2)
+        return np.asarray(CORPUS[metric](ours_KR), np.float64), np.asarray(CORPUS[metric](theirs_KR), np.float64)
+    means_C2 = np.stack([cluster_means(of, clusters) for of in (values, full_values)], axis=1)
+    ours_R, theirs_R = _drawn(means_C2, seed) / len(means_C2)
+    return ours_R, theirs_R
 
 
 def kept_interval(
@@ -64,15 +69,8 @@ def score_of(metric: str, values: np.ndarray, clusters: Sequence[str]) -> float:
     return float(cluster_means(values, clusters).mean())
 
 
-def _scores(metric: str, values: np.ndarray, clusters: Sequence[str], seed: int) -> np.ndarray:
-    if metric in CORPUS:
-        return np.asarray(CORPUS[metric](_drawn(cluster_sums(values, clusters), seed)), np.float64)
-    means_C1 = cluster_means(values, clusters)[:, None]
-    return _drawn(means_C1, seed)[0] / len(means_C1)
-
-
 def _drawn(values_CK: np.ndarray, seed: int) -> np.ndarray:
-    """Return sums ``[K, 1 + RESAMPLES]``: over all clusters, then over as many drawn again, alike for one seed."""
+    """Return sums ``[K, 1 + RESAMPLES]``: over all clusters, then over as many drawn again."""
     rng, count = np.random.default_rng(seed), len(values_CK)
     alike = np.full(count, 1 / count)
     times = [np.ones(count), *(rng.multinomial(count, alike) for _ in range(RESAMPLES))]

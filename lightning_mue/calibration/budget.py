@@ -13,7 +13,7 @@ import numpy as np
 
 from lightning_mue.calibration.certify import Decode, Provenance, split_hash
 from lightning_mue.calibration.decoded import Decoded
-from lightning_mue.calibration.losses import check_level, p_value
+from lightning_mue.calibration.losses import check_level, p_values
 from lightning_mue.calibration.propose import Proposal
 from lightning_mue.calibration.tested import Tested, test_policy
 from lightning_mue.certificate import kind_of
@@ -73,12 +73,12 @@ def kept_bound(
         confidence_level: of the bound.
         seed: as in ``p_value``.
     """
-    bound = None
-    for keep in KEEPS.tolist():
-        asked = replace(promise, keep=keep, drop=None)
-        if p_value(asked, scores, full_scores, same, clusters, confidence_level, seed).p > 1 - confidence_level:
+    asked, bound = [replace(promise, keep=keep, drop=None) for keep in KEEPS.tolist()], None
+    found = p_values(asked, scores, full_scores, same, clusters, confidence_level, seed)
+    for one, result in zip(asked, found, strict=True):
+        if result.p > 1 - confidence_level:
             break
-        bound = keep
+        bound = one.keep
     return bound
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,11 +46,9 @@ def check_level(confidence_level: float) -> None:
         raise ValueError(f"`confidence_level` must lie in (0, 1), such as 0.95, got {confidence_level:g}")
 
 
-def _bootstrap(
-    promise: Promise, counts: np.ndarray, full_counts: np.ndarray, clusters: Sequence[str], seed: int
-) -> TestResult:
+def _of_corpora(promise: Promise, pairs: tuple[np.ndarray, np.ndarray], clusters: Sequence[str]) -> TestResult:
     """Return the share of corpora drawn again that break the promise, as p-value (paired bootstrap, Koehn 2004)."""
-    losses = promise.losses(*paired_scores(promise.metric, counts, full_counts, clusters, seed), np.zeros(0, bool))
+    losses = promise.losses(*pairs, np.zeros(0, bool))
     found, drawn, units = float(losses[0]), losses[1:], len(set(clusters))
     p = float((1 + np.count_nonzero(drawn > promise.tolerance)) / (1 + len(drawn)))
     return TestResult(p, "paired bootstrap of clusters", found, len(clusters), units, float(drawn.std() * units**0.5))
@@ -82,9 +80,39 @@ def p_value(
     Raises:
         ValueError: scores out of range, arrays of different lengths.
     """
+    (result,) = p_values([promise], scores, full_scores, same, clusters, confidence_level, seed)
+    return result
+
+
+def p_values(
+    promises: Iterable[Promise],
+    scores: np.ndarray,
+    full_scores: np.ndarray,
+    same: np.ndarray,
+    clusters: Sequence[str],
+    confidence_level: float,
+    seed: int,
+) -> Iterator[TestResult]:
+    """Test promises of one metric, one by one, as ``p_value`` does; a corpus is drawn again once for all of them."""
     check_level(confidence_level)
-    if promise.approximate:
-        return _bootstrap(promise, scores, full_scores, clusters, seed)
+    pairs: tuple[np.ndarray, np.ndarray] | None = None
+    for promise in promises:
+        if promise.approximate:
+            pairs = pairs or paired_scores(promise.metric, scores, full_scores, clusters, seed)
+            yield _of_corpora(promise, pairs, clusters)
+        else:
+            yield _of_samples(promise, scores, full_scores, same, clusters, confidence_level, seed)
+
+
+def _of_samples(
+    promise: Promise,
+    scores: np.ndarray,
+    full_scores: np.ndarray,
+    same: np.ndarray,
+    clusters: Sequence[str],
+    confidence_level: float,
+    seed: int,
+) -> TestResult:
     losses = cluster_means(promise.losses(scores, full_scores, same), clusters)
     if promise.metric == "consistency" and len(losses) == len(clusters):
         p, method = binomial_p(int(np.count_nonzero(losses)), len(losses), promise.tolerance), "exact binomial"
