@@ -33,6 +33,7 @@ from lightning_mue.calibration.rows import StreamRows
 from lightning_mue.calibration.simulate import stream_outcome
 from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import Batch
+from lightning_mue.callbacks.decoding import check_samples
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.callbacks.ledger import Entry, Ledger, Reuse
 from lightning_mue.callbacks.subject import Decoder, Subject
@@ -147,7 +148,8 @@ class Calibration:
         elif not worth_decoding(asked.promises, asked.confidence_level, *size):
             return proposal
         rank_zero_info(f"Searched {proposal.searched:,} policies; decoding the {len(proposal.worth_decoding)} best.")
-        ask(("propose", groups, ExitPolicy.full_depth(), ()))
+        full = ask(("propose", groups, ExitPolicy.full_depth(), ()))
+        check_samples(full.sample_ids, of_groups(trace, groups).sample_ids)
         rehearsed = rehearse(
             proposal, trace, lambda policy: ask(("propose", groups, policy, self._unchanged(policy, trace)))
         )
@@ -166,7 +168,9 @@ class Calibration:
                 entered.append(self._enter(proposal, [cluster for cluster, _ in certifies.values()]))
                 if sum(map(self.subject.is_simulated_exactly, (link.policy for link in proposal.chain))) > 1:
                     recorded.append(Trace.merge([Trace.load(p) for p in ask(("certify", groups, None, ()))]))
-            return ask(("certify", groups, policy, self._unchanged(policy, *recorded)))
+            found = ask(("certify", groups, policy, self._unchanged(policy, *recorded)))
+            check_samples(found.sample_ids, certifies)
+            return found
 
         note = f"{self.note} {'' if self.journal.key['data'] else SELECTION_REUSED}".strip()
         provenance = Provenance(fingerprint(self.model), self.journal.key["data"], self.subject.settings, note)

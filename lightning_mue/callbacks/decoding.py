@@ -126,14 +126,24 @@ def rows_of_samples(
     return rows
 
 
+def check_samples(found: Sequence[str], before: Collection[str]) -> None:
+    """Refuse a pass that gave others than the samples before.
+
+    Raises:
+        ValueError: which.
+    """
+    for names, others, when in ((found, before, "now and not before"), (before, found, "before and not now")):
+        if other := sorted({*names} - {*others}):
+            raise ValueError(f"The validation data gave sample {other[0]!r} {when}; {SAME_SAMPLES}")
+
+
 def joined(rows: Sequence[Row], full: Mapping[str, Row]) -> Decoded:
     """Return the decoding of a split, beside the rows of full depth by sample.
 
     Raises:
-        ValueError: a sample that full depth has not seen.
+        ValueError: other samples than full depth has seen.
     """
-    if unknown := [row["id"] for row in rows if row["id"] not in full]:
-        raise ValueError(f"The validation data gave sample {unknown[0]!r} now and not before; {SAME_SAMPLES}")
+    check_samples([row["id"] for row in rows], full)
     return Decoded(
         [row["id"] for row in rows],
         [row["cluster"] for row in rows],

@@ -17,7 +17,7 @@ from lightning_mue.backbones import view
 from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import Batch, content, rows_of
-from lightning_mue.callbacks.decoding import SAME_SAMPLES, Row, doing, joined, rows_of_samples
+from lightning_mue.callbacks.decoding import Row, check_samples, doing, joined, rows_of_samples
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.callbacks.lookup import Lookup, picture_vectors, queries
 from lightning_mue.callbacks.ranks import gather
@@ -88,8 +88,7 @@ class Embedding:
         else:
             mine = picture_vectors(whole, self.reader("propose", None).read("embedding the candidates"), drawn)
             found = dict(gather([*mine.items()]))
-            if missing := sorted(drawn.keys() - found.keys()):
-                raise ValueError(f"The validation data gave sample {missing[0]!r} before and not now; {SAME_SAMPLES}")
+            check_samples([*found], drawn)
             device = next(self.model.parameters()).device
             vectors_CE = torch.from_numpy(np.stack([found[name] for name in drawn])).to(device)
         self.lookup = Lookup(self.search, whole, Gallery(vectors_CE, [*drawn.values()]))

@@ -9,13 +9,17 @@ from typing import Any
 
 import lightning as L
 from rich.progress import track
+from torch import Tensor
 
 from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import Batch, in_split, prepared, rows_of
 
+MEMORY = 512 * 2**20
+"""Bytes of tensors that a split may have to be kept for the next pass: a calibration makes dozens."""
+
 
 class SplitReader:
-    """This rank's batches of one split, under our own names.
+    """This rank's batches of one split, under our own names; read once, if they fit into memory.
 
     Args:
         trainer: whose validation data is read.
@@ -30,24 +34,35 @@ class SplitReader:
     ) -> None:
         self._trainer, self._keys, self._wanted = trainer, keys, wanted
         self._split, self._groups = split, groups
+        self._kept: list[Batch] | None = None
 
     def read(self, doing: str, without: Collection[str] = ()) -> Iterator[Batch]:
         """Give the batches of the split, less the samples that are named; ``doing`` is said beside the progress."""
         shown = self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None
-        total, known = sum(self._trainer.num_val_batches), set(without)
+        known, kept = set(without), self._kept
+        total = sum(self._trainer.num_val_batches) if kept is None else len(kept)
         # No thread may draw it: loaders fork their workers inside, and a fork copies locks that a thread holds.
-        batches = track(self._batches(), doing, total, auto_refresh=False, disable=not shown)
-        for batch in batches:
-            batch = self._keys.read(batch, self._wanted)
-            certifies = in_split(self._trainer, batch, "certify")
-            wanted = [
-                c == (self._split == "certify")
-                and (self._groups is None or group in self._groups)
-                and name not in known
-                for c, group, name in zip(certifies, batch["group"], batch["sample_id"], strict=True)
-            ]
+        how: dict[str, Any] = {"total": total, "auto_refresh": False, "disable": not shown}
+        for batch in track(self._of_split() if kept is None else kept, doing, **how):
+            wanted = [name not in known for name in batch["sample_id"]]
             if any(wanted):
                 yield rows_of(batch, wanted)
+
+    def _of_split(self) -> Iterator[Batch]:
+        """Give the split's rows of each batch, be it none; keep them for the next time."""
+        kept, room = list[Batch](), MEMORY
+        for batch in self._batches():
+            batch = self._keys.read(batch, self._wanted)
+            certifies = in_split(self._trainer, batch, "certify")
+            asked = [self._groups is None or group in self._groups for group in batch["group"]]
+            of_split = [c == (self._split == "certify") and a for c, a in zip(certifies, asked, strict=True)]
+            batch = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in rows_of(batch, of_split).items()}
+            room -= sum(v.nbytes for v in batch.values() if isinstance(v, Tensor))
+            kept.append(batch)
+            if room < 0:
+                kept.clear()
+            yield batch
+        self._kept = kept if room >= 0 else None
 
     def _batches(self) -> Iterator[Any]:
         """Give the batches that the validation loop saw: of all loaders, as many as ``limit_val_batches`` says."""

@@ -1,19 +1,26 @@
-"""What calibration reads is read without a thread that draws: a loader's workers are forked inside."""
+"""What calibration reads: once, where it fits into memory, and without a thread that draws.
+
+A loader's workers are forked inside.
+"""
 
 import threading
 
+import pytest
 from torch.utils.data import DataLoader
 
 from lightning_mue import CalibrateExits
+from lightning_mue.callbacks import split_reader
 from tests.callbacks.conftest import BATCH, Foreign, Plain
 
 
 class Watching(DataLoader):
-    """Notes which threads run when its batches are asked for."""
+    """Counts its passes, and notes which threads run when its batches are asked for."""
 
     threads: tuple[threading.Thread, ...] = ()
+    passes = 0
 
     def __iter__(self):
+        self.passes += 1
         self.threads += tuple(threading.enumerate())
         return super().__iter__()
 
@@ -24,3 +31,17 @@ def test_no_thread_of_the_bar_runs_when_workers_are_forked(make_trainer, capsys)
     trainer.validate(Plain(), loader, verbose=False)
     assert "rehearsing" in capsys.readouterr().out  # the bar was drawn
     assert not [thread for thread in loader.threads if type(thread).__module__.startswith("rich")]
+
+
+@pytest.mark.parametrize("memory", [split_reader.MEMORY, 2000])  # all that is kept, or less than a batch
+def test_a_split_is_read_once_if_it_fits(make_trainer, monkeypatch, memory):
+    monkeypatch.setattr(split_reader, "MEMORY", memory)
+    loader, decoded = Watching(Foreign(), BATCH), []
+    callback = CalibrateExits(keep=0.05, max_new_tokens=4, latency_repeats=1)
+    decode = split_reader.SplitReader.read
+    monkeypatch.setattr(
+        split_reader.SplitReader, "read", lambda self, *args: decoded.append(args) or decode(self, *args)
+    )
+    make_trainer(callback).validate(Plain(), loader, verbose=False)
+    assert len(decoded) > 4  # full depth and two policies of each split
+    assert loader.passes == 1 + (2 if memory > 2000 else len(decoded))  # validation's own, and ours
