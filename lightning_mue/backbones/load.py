@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from lightning_mue.backbones.udop import UNREAD as UDOP_UNREAD
 from lightning_mue.backbones.view import EXITS, unwrapped
 
+_LOADING = RLock()
 _COCA = "open_clip_coca"
 OPEN_CLIP = "open_clip:"
 """Prefix of what open_clip knows by name."""
@@ -100,12 +102,13 @@ def build_backbone(source: nn.Module | str | Mapping[str, Any]) -> nn.Module:
 @contextmanager
 def exits_expected() -> Iterator[None]:
     """Let transformers load folders with exits, which models do not have yet, without a report of unknown weights."""
-    before = PreTrainedModel._keys_to_ignore_on_load_unexpected
-    PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or ()), rf"^{EXITS}\."]
-    try:
-        yield
-    finally:
-        PreTrainedModel._keys_to_ignore_on_load_unexpected = before
+    with _LOADING:
+        before = PreTrainedModel._keys_to_ignore_on_load_unexpected
+        PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or ()), rf"^{EXITS}\."]
+        try:
+            yield
+        finally:
+            PreTrainedModel._keys_to_ignore_on_load_unexpected = before
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

@@ -232,6 +232,7 @@ class CalibrateExits(Calibrates):
         run.beside = intents_beside(trainer, self)
         choose = partial(self._choose, run, paths, certifies, one, fitting)
         self.latency, self.proposal, self.policy, self.tests = lead(choose, run.decode)
+        run.forget()
         if fitting:
             self._log_simulation(pl_module)
             return

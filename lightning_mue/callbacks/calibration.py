@@ -164,12 +164,12 @@ class Calibration:
         entered, recorded = list[tuple[float, str]](), list[Trace]()
 
         def decode(policy: ExitPolicy) -> Decoded:
-            if not entered:  # nothing is tested, and nothing spent, before something is decoded
+            found = ask(("certify", groups, policy, self._unchanged(policy, *recorded)))
+            check_samples(found.sample_ids, certifies)
+            if not entered:  # full depth: nothing is tested, and nothing spent, before it is decoded
                 entered.append(self._enter(proposal, [cluster for cluster, _ in certifies.values()]))
                 if sum(map(self.subject.is_simulated_exactly, (link.policy for link in proposal.chain))) > 1:
                     recorded.append(Trace.merge([Trace.load(p) for p in ask(("certify", groups, None, ()))]))
-            found = ask(("certify", groups, policy, self._unchanged(policy, *recorded)))
-            check_samples(found.sample_ids, certifies)
             return found
 
         note = f"{self.note} {'' if self.journal.key['data'] else SELECTION_REUSED}".strip()
@@ -249,9 +249,15 @@ class Calibration:
         """Do a task, on all ranks; full depth is decoded first."""
         split, groups, policy, unchanged = task
         if split not in self.decoders:
+            self.forget()
             self.decoders[split] = self.subject.decoder(split, groups)
         decoder = self.decoders[split]
         return decoder.signals() if policy is None else decoder(policy, unchanged)
+
+    def forget(self) -> None:
+        """Let go of the batches that are kept in memory."""
+        for decoder in self.decoders.values():
+            decoder.reader.forget()
 
 
 def _announce(tested: Tested) -> None:

@@ -66,7 +66,7 @@ class SplitDecoder:
         self._model, self._scoring, self._split = model, scoring, split
         self._max_new_tokens, self._journal, self._runtime = max_new_tokens, journal, runtime
         backbone = view(model)
-        self._reader = SplitReader(trainer, keys, backbone.generate_inputs, split, groups)
+        self.reader = SplitReader(trainer, keys, backbone.generate_inputs, split, groups)
         self._prefix_fn = answer_constraint(trainer, backbone.decode_settings(max_new_tokens).end_ids[0])
         self._full = dict[str, Row]()
 
@@ -77,7 +77,7 @@ class SplitDecoder:
         """
         engine = ExitEngine(self._model, policy, check_fingerprint=False, runtime=self._runtime)
         mine: list[dict[str, Any]] = []
-        for batch in self._reader.read(doing(self._split, policy), unchanged):
+        for batch in self.reader.read(doing(self._split, policy), unchanged):
             parts = [policy.to_json(), content(batch), self._runtime]
             mine.append(self._journal.piece("decoded", parts, partial(self._decode, engine, batch)))
         rows = [row for piece in gather(mine) for row in piece["rows"]]
@@ -89,7 +89,7 @@ class SplitDecoder:
         """Record the decoder's exits on the split; return the files of all ranks."""
         paths = [
             self._journal.trace("decoder", [content(batch)], partial(self._record, batch))
-            for batch in self._reader.read("recording the decoder's exits")
+            for batch in self.reader.read("recording the decoder's exits")
         ]
         return sorted(set(gather(paths)))
 

@@ -53,6 +53,7 @@ class Embedding:
     keys: BatchKeys
     lookup: Lookup | None = None
     runtime: str = field(default="torch", init=False)
+    _readers: dict[str, SplitReader] = field(default_factory=dict, init=False)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -86,7 +87,7 @@ class Embedding:
         if self.search.query == "picture":
             vectors_CE = whole.embed_texts([*drawn]).vectors
         else:
-            mine = picture_vectors(whole, self.reader("propose", None).read("embedding the candidates"), drawn)
+            mine = picture_vectors(whole, self.reader("propose").read("embedding the candidates"), drawn)
             found = dict(gather([*mine.items()]))
             check_samples([*found], drawn)
             device = next(self.model.parameters()).device
@@ -108,13 +109,16 @@ class Embedding:
         whole = self.whole
         return measure_embedding(whole, self.search.query, queries(self.search, whole, one), repeats)
 
-    def reader(self, split: str, groups: Sequence[str] | None) -> SplitReader:
-        """Return what reads a split."""
-        return SplitReader(self.trainer, self.keys, view(self.model).generate_inputs, split, groups)
+    def reader(self, split: str) -> SplitReader:
+        """Return what reads a split, one and the same each time."""
+        if split not in self._readers:
+            wanted = view(self.model).generate_inputs
+            self._readers[split] = SplitReader(self.trainer, self.keys, wanted, split, None)
+        return self._readers[split]
 
     def decoder(self, split: str, groups: Sequence[str] | None) -> EmbedDecoder:
-        """Return what embeds a split."""
-        return EmbedDecoder(self, split, groups)
+        """Return what embeds a split; samples have no groups here."""
+        return EmbedDecoder(self, split)
 
     def is_simulated_exactly(self, policy: ExitPolicy) -> bool:
         """No decoder is recorded here."""
@@ -127,11 +131,10 @@ class EmbedDecoder:
     Args:
         subject: whose queries.
         split: ``certify``, or ``propose``: the rest.
-        groups: only samples of these; None: all.
     """
 
-    def __init__(self, subject: Embedding, split: str, groups: Sequence[str] | None) -> None:
-        self._subject, self._split, self._reader = subject, split, subject.reader(split, groups)
+    def __init__(self, subject: Embedding, split: str) -> None:
+        self._subject, self._split, self.reader = subject, split, subject.reader(split)
         self._full = dict[str, Row]()
 
     def __call__(self, policy: ExitPolicy, unchanged: Collection[str] = ()) -> Decoded:
@@ -156,7 +159,7 @@ class EmbedDecoder:
         return sorted(set(gather(paths)))
 
     def _batches(self, said: str, unchanged: Collection[str]) -> Iterator[Batch]:
-        for batch in self._reader.read(said, unchanged):
+        for batch in self.reader.read(said, unchanged):
             counted = self._subject.counted(batch)
             if counted["sample_id"]:
                 yield counted

@@ -15,11 +15,11 @@ from lightning_mue.callbacks.batch_keys import BatchKeys
 from lightning_mue.callbacks.batches import Batch, in_split, prepared, rows_of
 
 MEMORY = 512 * 2**20
-"""Bytes of tensors that a split may have to be kept for the next pass: a calibration makes dozens."""
+"""Bytes of tensors that a rank keeps of a split for the next pass: a calibration makes dozens."""
 
 
 class SplitReader:
-    """This rank's batches of one split, under our own names; read once, if they fit into memory.
+    """This rank's batches of one split, under our own names; read once, if they fit into ``MEMORY``.
 
     Args:
         trainer: whose validation data is read.
@@ -35,6 +35,11 @@ class SplitReader:
         self._trainer, self._keys, self._wanted = trainer, keys, wanted
         self._split, self._groups = split, groups
         self._kept: list[Batch] | None = None
+        self._fits = True
+
+    def forget(self) -> None:
+        """Let go of what is kept; the next pass reads again."""
+        self._kept = None
 
     def read(self, doing: str, without: Collection[str] = ()) -> Iterator[Batch]:
         """Give the batches of the split, less the samples that are named; ``doing`` is said beside the progress."""
@@ -50,19 +55,20 @@ class SplitReader:
 
     def _of_split(self) -> Iterator[Batch]:
         """Give the split's rows of each batch, be it none; keep them for the next time."""
-        kept, room = list[Batch](), MEMORY
+        kept, size = list[Batch](), 0
         for batch in self._batches():
             batch = self._keys.read(batch, self._wanted)
             certifies = in_split(self._trainer, batch, "certify")
             asked = [self._groups is None or group in self._groups for group in batch["group"]]
             of_split = [c == (self._split == "certify") and a for c, a in zip(certifies, asked, strict=True)]
-            batch = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in rows_of(batch, of_split).items()}
-            room -= sum(v.nbytes for v in batch.values() if isinstance(v, Tensor))
-            kept.append(batch)
-            if room < 0:
-                kept.clear()
+            batch = rows_of(batch, of_split)
+            if self._fits:
+                kept.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in batch.items()})
+                size += sum(value.nbytes for value in batch.values() if isinstance(value, Tensor))
+                self._fits = size <= MEMORY
+                kept = kept if self._fits else []
             yield batch
-        self._kept = kept if room >= 0 else None
+        self._kept = kept if self._fits else None
 
     def _batches(self) -> Iterator[Any]:
         """Give the batches that the validation loop saw: of all loaders, as many as ``limit_val_batches`` says."""

@@ -8,12 +8,15 @@ from typing import Any, Protocol
 
 from lightning_mue.calibration.decoded import Decoded
 from lightning_mue.callbacks.batches import Batch
+from lightning_mue.callbacks.split_reader import SplitReader
 from lightning_mue.latency import LatencyTable
 from lightning_mue.policy import ExitPolicy
 
 
 class Decoder(Protocol):
     """Runs policies on one split, with the engine that ships; on all ranks."""
+
+    reader: SplitReader
 
     def __call__(self, policy: ExitPolicy, unchanged: Collection[str] = ()) -> Decoded:
         """Run the split under ``policy``, less samples known to come out unchanged; full depth comes first."""

@@ -54,8 +54,8 @@ def joined(rows):
     return batch | {"pixel_values": torch.stack(batch["pixel_values"])}
 
 
-def loader(count=SAMPLES):
-    return DataLoader(Pairs(count), 16, collate_fn=joined)
+def loader(count=SAMPLES, **options):
+    return DataLoader(Pairs(count), 16, collate_fn=joined, **options)
 
 
 def calibrate(**options):
@@ -241,3 +241,12 @@ def test_a_picture_is_drawn_once_however_many_samples_share_it():
         assert said == sorted(["all", *(f"{name[0]} {i}" for i in range(3))])
     assert search.own(["first", "second"]) == ["first"]
     assert search.own([]) == []
+
+
+@pytest.mark.parametrize("query", ["picture", "text"])
+def test_other_samples_in_another_pass_are_refused_and_not_spent(module, make_trainer, tmp_path, query):
+    shuffled = loader(shuffle=True, generator=torch.Generator().manual_seed(0))
+    trainer = make_trainer(calibrate(query=query), limit_val_batches=5, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match="every pass must give the same samples"):
+        trainer.validate(module, shuffled, verbose=False)
+    assert not [*tmp_path.rglob("ledger.json")]
