@@ -17,7 +17,6 @@ from lightning_mue.calibration.losses import check_level
 from lightning_mue.callbacks.batch_keys import BatchKeys, Inputs, Key
 from lightning_mue.callbacks.batches import Batch, in_split, single
 from lightning_mue.callbacks.calibration import Ask, Asked, Calibration, Certifies
-from lightning_mue.callbacks.decoding import check_samples
 from lightning_mue.callbacks.embedding import Embedding
 from lightning_mue.callbacks.journal import Journal
 from lightning_mue.callbacks.ledger import Reuse
@@ -33,7 +32,7 @@ from lightning_mue.callbacks.outcome import (
 )
 from lightning_mue.callbacks.ranks import check_visible, gather, lead, refuse_sharded
 from lightning_mue.callbacks.scoring import processor_of
-from lightning_mue.callbacks.search import Proposes, Search
+from lightning_mue.callbacks.search import Search
 from lightning_mue.exits import attached
 from lightning_mue.inference.embedding import Query
 from lightning_mue.latency import LatencyTable
@@ -211,7 +210,7 @@ class CalibrateEmbeddings(Calibrates):
         count, search = len(self._subject.look_among(proposes).texts), self.search
         queries = f"{search.query.capitalize()}s look among {count} fixed {search.others}"
         run.note = f"{run.note} {queries} and their own, embedded at full depth.".strip()
-        choose = partial(self._choose, run, proposes, certifies, one)
+        choose = partial(self._choose, run, certifies, one)
         self.latency, self.proposal, policy, self.tests = lead(choose, run.decode)
         run.forget()
         self.policy = replace(policy, classes=self.search.class_texts)  # full depth tells them apart too
@@ -222,13 +221,12 @@ class CalibrateEmbeddings(Calibrates):
         write_policy(trainer, self.policy, self)
 
     def _choose(
-        self, run: Calibration, proposes: Proposes, certifies: Certifies, one: Batch, ask: Ask
+        self, run: Calibration, certifies: Certifies, one: Batch, ask: Ask
     ) -> tuple[LatencyTable, Proposal, ExitPolicy, list[Tested]]:
         """Propose and certify, on rank 0; all ranks embed what it asks for."""
         paths: Sequence[Path] = ask(("propose", None, None, ()))
         check_visible(paths)
         self.trace = Trace.merge([Trace.load(p) for p in paths])
-        check_samples(self.trace.sample_ids, proposes)
         latency = run.measure(one, self.latency_repeats)
         proposal = run.propose(self.trace, latency, certifies, {}, ask)
         return latency, proposal, *run.certify(proposal, self.trace, certifies, ask)
