@@ -44,7 +44,7 @@ class Answering(ABC):
     def answer(
         self,
         images: Sequence[Any],
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         max_new_tokens: int | None = None,
         decoder_prompts: Sequence[str] | None = None,
         groups: Sequence[str] | None = None,
@@ -55,7 +55,7 @@ class Answering(ABC):
 
         Args:
             images: PIL pictures.
-            prompts: as many texts; empty ones for a model that reads none (CoCa).
+            prompts: as many texts; empty ones if not given, as for a model that reads none (CoCa, TrOCR).
             max_new_tokens: at most; if not given, as certified, else as the generation config says.
             decoder_prompts: as many texts that the decoder reads before it answers.
             groups: as many names, as in ``generate``.
@@ -68,6 +68,7 @@ class Answering(ABC):
         """
         if self.processor is None:
             raise ValueError("`answer` needs a processor and this engine has none; pass one, or use `generate`.")
+        prompts = [""] * len(images) if prompts is None else prompts
         check_texts(images, prompts=prompts, decoder_prompts=decoder_prompts)
         if words is not None and len(words) != len(images):
             raise ValueError(f"`words` must hold those of each of {len(images)} images, got {len(words)}")
