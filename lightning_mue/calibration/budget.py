@@ -66,12 +66,12 @@ def kept_bound(
 
     Args:
         promise: of which metric, and up to which cap.
-        scores: as in ``p_value``.
-        full_scores: as in ``p_value``.
-        same: as in ``p_value``.
-        clusters: as in ``p_value``.
+        scores: as in ``p_values``.
+        full_scores: as in ``p_values``.
+        same: as in ``p_values``.
+        clusters: as in ``p_values``.
         confidence_level: of the bound.
-        seed: as in ``p_value``.
+        seed: as in ``p_values``.
     """
     asked, bound = [replace(promise, keep=keep, drop=None) for keep in KEEPS.tolist()], None
     found = p_values(asked, scores, full_scores, same, clusters, confidence_level, seed)

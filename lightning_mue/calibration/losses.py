@@ -54,34 +54,13 @@ def _of_corpora(promise: Promise, pairs: tuple[np.ndarray, np.ndarray], clusters
     return TestResult(p, "paired bootstrap of clusters", found, len(clusters), units, float(drawn.std() * units**0.5))
 
 
-def p_value(
-    promise: Promise,
-    scores: np.ndarray,
-    full_scores: np.ndarray,
-    same: np.ndarray,
-    clusters: Sequence[str],
-    confidence_level: float,
-    seed: int,
-) -> TestResult:
-    """Test whether a policy keeps what was promised; small ``p`` = it does.
-
-    Consistency with one sample a cluster is tested by the exact binomial, a metric of a corpus by drawing clusters
-    again (approximate), everything else by betting on cluster means.
-
-    Args:
-        promise: what is tested.
-        scores: of the policy, ``[n]``, or counts ``[n, K]`` for a metric of a corpus; not read for consistency.
-        full_scores: of full depth, likewise.
-        same: bool ``[n]``, the output equals the full-depth output; read for consistency alone.
-        clusters: ``[n]`` names of what was drawn independently.
-        confidence_level: the level the bets are planned for.
-        seed: of the one permutation of the clusters.
-
-    Raises:
-        ValueError: scores out of range, arrays of different lengths.
-    """
-    (result,) = p_values([promise], scores, full_scores, same, clusters, confidence_level, seed)
-    return result
+def _of_samples(promise: Promise, losses_n: np.ndarray, clusters: Sequence[str], level: float, seed: int) -> TestResult:
+    losses = cluster_means(losses_n, clusters)
+    if promise.metric == "consistency" and len(losses) == len(clusters):
+        p, method = binomial_p(int(np.count_nonzero(losses)), len(losses), promise.tolerance), "exact binomial"
+    else:
+        p, method = betting_p(losses, promise.tolerance, UPPER, level, seed), "betting on cluster means"
+    return TestResult(p, method, float(losses.mean()), len(clusters), len(losses), float(losses.std()))
 
 
 def p_values(
@@ -93,7 +72,23 @@ def p_values(
     confidence_level: float,
     seed: int,
 ) -> Iterator[TestResult]:
-    """Test promises of one metric, one by one, as ``p_value`` does; a corpus is drawn again once for all of them."""
+    """Test one by one whether a policy keeps what was promised; small ``p`` = it does.
+
+    Consistency with one sample a cluster is tested by the exact binomial, a metric of a corpus by drawing clusters
+    again (approximate; once for all promises), everything else by betting on cluster means.
+
+    Args:
+        promises: what is tested, of one metric.
+        scores: of the policy, ``[n]``, or counts ``[n, K]`` for a metric of a corpus; not read for consistency.
+        full_scores: of full depth, likewise.
+        same: bool ``[n]``, the output equals the full-depth output; read for consistency alone.
+        clusters: ``[n]`` names of what was drawn independently.
+        confidence_level: the level the bets are planned for.
+        seed: of the one permutation of the clusters.
+
+    Raises:
+        ValueError: scores out of range, arrays of different lengths.
+    """
     check_level(confidence_level)
     pairs: tuple[np.ndarray, np.ndarray] | None = None
     for promise in promises:
@@ -101,10 +96,10 @@ def p_values(
             pairs = pairs or paired_scores(promise.metric, scores, full_scores, clusters, seed)
             yield _of_corpora(promise, pairs, clusters)
         else:
-            yield _of_samples(promise, scores, full_scores, same, clusters, confidence_level, seed)
+            yield _of_samples(promise, promise.losses(scores, full_scores, same), clusters, confidence_level, seed)
 
 
-def _of_samples(
+def p_value(
     promise: Promise,
     scores: np.ndarray,
     full_scores: np.ndarray,
@@ -113,9 +108,5 @@ def _of_samples(
     confidence_level: float,
     seed: int,
 ) -> TestResult:
-    losses = cluster_means(promise.losses(scores, full_scores, same), clusters)
-    if promise.metric == "consistency" and len(losses) == len(clusters):
-        p, method = binomial_p(int(np.count_nonzero(losses)), len(losses), promise.tolerance), "exact binomial"
-    else:
-        p, method = betting_p(losses, promise.tolerance, UPPER, confidence_level, seed), "betting on cluster means"
-    return TestResult(p, method, float(losses.mean()), len(clusters), len(losses), float(losses.std()))
+    """Test one promise, as ``p_values`` does."""
+    return next(p_values([promise], scores, full_scores, same, clusters, confidence_level, seed))
