@@ -13,11 +13,8 @@ def cluster_sums(values: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
     Raises:
         ValueError: not one cluster name per value.
     """
-    values = np.asarray(values, np.float64)
-    if len(clusters) != len(values):
-        raise ValueError(f"Every sample needs a cluster: got {len(values)} samples and {len(clusters)} cluster names")
-    names, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    sums = np.zeros((len(names), *values.shape[1:]))
+    values, index = np.asarray(values, np.float64), _numbered(values, clusters)
+    sums = np.zeros((index.max(initial=-1) + 1, *values.shape[1:]))
     np.add.at(sums, index, values)
     return sums
 
@@ -28,4 +25,12 @@ def cluster_means(values: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
     Raises:
         ValueError: not one cluster name per value.
     """
-    return cluster_sums(values, clusters) / cluster_sums(np.ones(len(values)), clusters)
+    index = _numbered(values, clusters)
+    return np.bincount(index, np.asarray(values, np.float64)) / np.bincount(index)
+
+
+def _numbered(values: np.ndarray, clusters: Sequence[str]) -> np.ndarray:
+    """Return the number of each value's cluster, ``[n]``."""
+    if len(clusters) != len(values):
+        raise ValueError(f"Every sample needs a cluster: got {len(values)} samples and {len(clusters)} cluster names")
+    return np.unique(np.asarray(clusters, dtype=str), return_inverse=True)[1]
