@@ -12,11 +12,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_mue.callbacks import CalibrateEmbeddings, CalibrateExits, LastCheckpoint, ObeyPolicy, WritePredictions
 from lightning_mue.callbacks.ledger import Reuse
 from lightning_mue.data import ShardsDataModule
+from lightning_mue.nested_options import whole_parts
 from lightning_mue.training import MultiExitModule
 
 
@@ -136,9 +137,10 @@ class MueCLI(LightningCLI):
             )
 
 
-def run(args: Sequence[str] | ArgsType = None) -> MueCLI:
+def run(args: Sequence[str] | None = None) -> MueCLI:
     """Run LightningCLI on ``args`` (subcommand first)."""
-    given = None if args is None or list(args) == sys.argv[1:] else list(args)  # type: ignore[arg-type]
+    whole = whole_parts(sys.argv[1:] if args is None else list(map(str, args)))
+    given = None if whole == sys.argv[1:] else whole
     with warnings.catch_warnings():
         # We do call it from Python on purpose, when quickstart and tests do.
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
