@@ -25,16 +25,20 @@ def whole_parts(args: Sequence[str]) -> list[str]:
     rest = iter(args)
     for arg in rest:
         name, given, value = arg.partition("=")
-        if not given and (name in ("-c", "--config") or _is_deep(name)):
-            value = next(rest, "")
-            if not value:
+        if not given and (name in ("-c", "--config") or name.startswith(PREFIX)):
+            following = next(rest, None)
+            if following is None:
                 raise ValueError(f"{name} needs a value")
+            value = following
         if name in ("-c", "--config"):
             found += [name, value]
             config |= _backbone(value)
         elif _is_deep(name):
             part, *path = name.removeprefix(PREFIX).split(".")
             changed[part] = _with(changed.get(part, config.get(part, {})), path, _read(value), name)
+        elif name.startswith(PREFIX):
+            found += [name, value]
+            config[name.removeprefix(PREFIX)] = _read(value)
         else:
             found.append(arg)
     return found + [text for part, value in changed.items() for text in (f"{PREFIX}{part}", json.dumps(value))]

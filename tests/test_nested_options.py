@@ -34,6 +34,8 @@ def test_the_last_config_counts_and_other_arguments_stay(tmp_path):
         *["fit", "-c", RECIPE, "--config", str(other), "--trainer.max_steps=3"],
         *["--model.backbone.decoder", '{"d_model": 8, "more": {"a": 1, "b": 2}}'],
     ]
+    given = ["fit", "-c", RECIPE, "--model.backbone.decoder", '{"d_model": 8}', "--model.backbone.decoder.more", "1"]
+    assert whole_parts(given)[-2:] == ["--model.backbone.decoder", '{"d_model": 8, "more": 1}']
     plain = ["fit", "--model.backbone", "folder", "--print_config", "--model.backbone.decoder", "{}"]
     assert whole_parts(plain) == plain
 
